@@ -1,0 +1,53 @@
+"""Scales to bytes and back. Every residual is formed with the decoded scales, never the fitted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loftq.ops.reference import NESTED_RUN, SCALE_DTYPES, decode_scales, dynamic_map
+
+__all__ = ["decode_scales", "encode_scales", "round_trip_scales"]
+
+
+def encode_scales(scales: Tensor, coding: str) -> tuple[Tensor, Tensor | None]:
+    """Stored form of one matrix' scales (out_features, groups) float32.
+
+    "dq" is the double quantization of QLoRA (arXiv:2305.14314, section 3) as bitsandbytes stores
+    it: the mean is taken off, runs of 256 scales share a float32 absmax, and each scale is the
+    nearest entry of the signed dynamic map.
+
+    Returns:
+        (bytes (out_features, groups * itemsize) uint8, nested constants uint8 or None).
+
+    Raises:
+        ValueError: a scale overflows the coding.
+    """
+    if coding != "dq":
+        stored = scales.to(SCALE_DTYPES[coding])
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"a scale of {scales.abs().max().item():.3g} overflows {coding}; use -bf16, -f32 "
+                "or -dq scales for this weight."
+            )
+        return stored.contiguous().view(torch.uint8), None
+    flat = scales.flatten()
+    offset = flat.mean()
+    runs = torch.nn.functional.pad(flat - offset, (0, -flat.numel() % NESTED_RUN))
+    runs = runs.view(-1, NESTED_RUN)
+    absmax = runs.abs().amax(-1)
+    unit = runs / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    table = dynamic_map(scales.device)
+    codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
+    codes = codes.flatten()[: flat.numel()].to(torch.uint8).view(scales.shape)
+    constants = torch.cat([offset[None], absmax])
+    return codes, constants.view(torch.uint8)
+
+
+def round_trip_scales(scales: Tensor, coding: str) -> Tensor:
+    """decode(encode(scales)) for a stack (n, out_features, groups), matrix by matrix."""
+    if coding == "f32":
+        return scales
+    if coding != "dq":
+        return decode_scales(encode_scales(scales, coding)[0], None, coding)
+    return torch.stack([decode_scales(*encode_scales(s, coding), coding) for s in scales])

@@ -1,0 +1,127 @@
+"""Every operator once: signature, checks, fake implementation, autograd; dispatch to the device.
+
+The operators are opaque to `torch.compile`, so a compiled model keeps only packed tensors between
+forward and backward: nothing can hoist a dequantized weight into the saved activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loftq.ops.reference import dequantize_reference
+
+
+@torch.library.custom_op("loftq::dequantize", mutates_args=())
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weights (out_features, in_features) in `dtype` from the packed tensors of one layer.
+
+    Args:
+        packed: codes, uint8 (out_features, row_bytes).
+        scale: stored scales, uint8 (out_features, groups * itemsize).
+        zero: stored zeros of asymmetric grids, uint8, or None.
+        nested: offset and absmax of the nested scale coding, uint8, or None.
+        in_features: columns; the last byte of a row may be padding.
+        bits: 2, 3, 4 or 8.
+        group_size: columns per scale; 0 = a scale per row, -1 = one scale for the tensor.
+        scale_coding: "dq", "f16", "bf16" or "f32".
+        levels: codebook of 2^bits values, or empty when a code is its own value.
+        default_zero: zero of symmetric integer grids (used where `zero` is None).
+        dtype: of the result; the arithmetic is float32.
+    """
+    return dequantize_reference(
+        packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
+        default_zero, dtype,
+    )  # fmt: skip
+
+
+@dequantize.register_fake
+def _(packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
+      default_zero, dtype):  # fmt: skip
+    return packed.new_empty((packed.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.custom_op("loftq::quant_linear", mutates_args=())
+def quant_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+) -> Tensor:
+    """x @ W^T for a packed W: (..., in_features) -> (..., out_features) in x's dtype.
+
+    The weight is dequantized to x's dtype; the gradient flows to x only, and backward dequantizes
+    again instead of keeping the weight.
+    """
+    weight = dequantize(
+        packed, scale, zero, nested, x.shape[-1], bits, group_size, scale_coding, levels,
+        default_zero, x.dtype,
+    )  # fmt: skip
+    return torch.nn.functional.linear(x, weight)
+
+
+@quant_linear.register_fake
+def _(x, packed, scale, zero, nested, bits, group_size, scale_coding, levels, default_zero):
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("loftq::quant_linear_backward", mutates_args=())
+def quant_linear_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+) -> Tensor:
+    """dL/dx = dL/dy @ W: (..., out_features) -> (..., in_features) in grad's dtype."""
+    weight = dequantize(
+        packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
+        default_zero, grad.dtype,
+    )  # fmt: skip
+    return grad @ weight
+
+
+@quant_linear_backward.register_fake
+def _(grad, packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
+      default_zero):  # fmt: skip
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _save(ctx, inputs, output):
+    x, packed, scale, zero, nested, *layout = inputs
+    ctx.save_for_backward(packed, scale, zero, nested)
+    ctx.in_features, ctx.layout = x.shape[-1], layout
+
+
+def _backward(ctx, grad):
+    grad_x = quant_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *ctx.layout)
+    return grad_x, *[None] * 9
+
+
+quant_linear.register_autograd(_backward, setup_context=_save)
