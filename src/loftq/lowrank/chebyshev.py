@@ -1,0 +1,126 @@
+"""Chebyshev-filtered subspace iteration, warm-started: rank-r corrections of a drifting residual.
+
+Inside an alternation the residual E changes little from one step to the next, so the block V that
+spanned its leading right singular vectors last time is nearly right now. One Chebyshev polynomial
+T_d of E^T E, scaled so that everything below the block's lowest Ritz value stays within [-1, 1],
+amplifies exactly the directions the block should hold; Rayleigh-Ritz then picks the best r.
+Quantization residuals have flat spectra, where a polynomial needs 1/sqrt(gap) products for what
+power iteration needs 1/gap of (Musco & Musco, arXiv:1504.05477; Zhou et al. 2006 for the filter).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from loftq.lowrank.solve import LowRank, balanced
+
+OVERSAMPLE = 64  # columns beyond the rank: they set the filter's lower edge
+DEGREE = 3  # of the polynomial of one round, where the spectrum allows it
+COLD_ROUNDS = 3
+GROWTH = 1e4  # of the largest over the smallest direction in one round: float32 must hold both
+
+
+class ChebyshevSolver:
+    """Keeps one orthonormal block per matrix between calls. Not for exact singular values."""
+
+    def __init__(self, rank: int, *, generator: torch.Generator) -> None:
+        self.rank, self.generator = rank, generator
+        self.block: Tensor | None = None
+
+    def solve(self, E: Tensor) -> LowRank:
+        """Rank-r correction of each matrix of E (n, out_features, in_features) float32."""
+        if E.shape[-2] < E.shape[-1]:
+            flipped = self._solve(E.mT)
+            return LowRank(flipped.A.mT.contiguous(), flipped.B.mT.contiguous())
+        return self._solve(E)
+
+    def _solve(self, E: Tensor) -> LowRank:
+        rounds = 1
+        if self.block is None or self.block.shape[:-1] != (len(E), E.shape[-1]):
+            columns = min(self.rank + OVERSAMPLE, E.shape[-1])
+            start = torch.randn(E.shape[-1], columns, generator=self.generator).to(E)
+            with _fast_matmul(E):
+                self.block = orthonormalize(_gram_product(E, start.expand(len(E), -1, -1)))
+            rounds = COLD_ROUNDS
+        for _ in range(rounds):
+            with _fast_matmul(E):
+                filtered = chebyshev_filter(E, self.block)
+            self.block = orthonormalize(filtered)
+        projected = E @ self.block
+        _, rotation = small_eigh(projected.mT @ projected)
+        self.block = self.block @ rotation
+        top = slice(self.block.shape[-1] - self.rank, None)
+        return balanced((projected @ rotation)[..., top], self.block[..., top])
+
+
+def chebyshev_filter(E: Tensor, V: Tensor) -> Tensor:
+    """T_d((2/b) E^T E - I) V, b the lowest Ritz value of V, per matrix.
+
+    T_d(x) = cosh(d acosh x), so the largest direction, at x = 2 top / b - 1, outgrows the smallest
+    by cosh(d acosh x). On a steep spectrum (absmax 2-bit residuals) that passes GROWTH: the batch
+    then takes degree 2, and b is raised as far as is still needed.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    product = _gram_product(E, V)
+    ritz = small_eigh(V.mT @ product)[0].clamp_min(tiny)
+    low, top = ritz[..., 0], ritz[..., -1]
+    degree = DEGREE if bool((top <= low * _steepest(DEGREE)).all()) else 2
+    half = (torch.maximum(low, top / _steepest(degree)) / 2)[..., None, None]
+    before, now = V, product / half - V
+    for _ in range(degree - 1):
+        after = 2 * (_gram_product(E, now) / half - now) - before
+        size = after.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+        before, now = now / size, after / size
+    return now
+
+
+def _steepest(degree: int) -> float:
+    """top / b at which a filter of this degree reaches GROWTH."""
+    return (math.cosh(math.acosh(GROWTH) / degree) + 1) / 2
+
+
+def orthonormalize(Y: Tensor) -> Tensor:
+    """Orthonormal columns with the span of Y: CholeskyQR twice, its Gram matrices in float64.
+
+    Columns are normalized first; a column that is numerically dependent on the others is replaced
+    by jitter of 1e-12, which keeps the factorization defined.
+    """
+    Y = (Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(1e-30)).double()
+    jitter = 1e-12 * torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
+    for _ in range(2):
+        lower = torch.linalg.cholesky(Y.mT @ Y + jitter)
+        Y = torch.linalg.solve_triangular(lower.mT, Y, upper=True, left=False)
+    return Y.float()
+
+
+def small_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and eigenvectors of small symmetric matrices, in float64 on the host.
+
+    GPU eigensolvers loop over a batch of 128 x 128 problems slower than LAPACK does.
+    """
+    host = ((G + G.mT) / 2).double().cpu()
+    values, vectors = torch.linalg.eigh(host)
+    return values.to(G), vectors.to(G)
+
+
+def _gram_product(E: Tensor, V: Tensor) -> Tensor:
+    return E.mT @ (E @ V)
+
+
+@contextmanager
+def _fast_matmul(E: Tensor) -> Iterator[None]:
+    """TF32 products inside the filter on CUDA; the choice is undone on leaving."""
+    if E.device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

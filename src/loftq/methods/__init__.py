@@ -1,0 +1,25 @@
+"""One row per method, one file per paper; each is a composition of the same parts."""
+
+from loftq.methods.base import LayerProblem, LayerRecord, LayerSolution, Method
+from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
+from loftq.methods.qlora import QLORA
+from loftq.methods.qpissa import QPISSA
+
+METHODS: dict[str, Method] = {m.name: m for m in (LOFTQ, QLORA, LOFTQ_PAPER, QPISSA)}
+
+__all__ = ["METHODS", "LayerProblem", "LayerRecord", "LayerSolution", "Method", "find_method"]
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: unknown; the message names the nearest one.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    import difflib
+
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.3)
+    hint = f"Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown method {name!r}. {hint} Known: {', '.join(METHODS)}.")
