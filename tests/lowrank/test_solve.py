@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from loftq.formats import parse_format
 from loftq.lowrank import ChebyshevSolver, ExactSolver, best_correction, make_solver
 from loftq.lowrank.chebyshev import orthonormalize
 from loftq.rounding import round_to_nearest
-from loftq.formats import parse_format
 from loftq.schedules import alternate
 
 
@@ -75,6 +75,16 @@ def test_chebyshev_loop_ends_within_a_twentieth_of_a_percent_of_exact(name, fit,
     filtered = last_error(ChebyshevSolver(16, generator=generator(4)))
     # The path forks chaotically, so single weights scatter by a few 1e-4 to either side.
     assert (filtered / exact - 1).mean() <= 5e-4
+
+
+def test_steep_spectra_are_followed():
+    """2-bit absmax residuals of weights with strong leading directions: top / b of hundreds."""
+    g = generator(5)
+    U, V = torch.randn(512, 64, generator=g), torch.randn(64, 512, generator=g)
+    E = (U * torch.arange(1, 65) ** -1.5) @ V + 0.01 * torch.randn(512, 512, generator=g)
+    exact = (E - best_correction(E, 16).product()).norm()
+    filtered = ChebyshevSolver(16, generator=generator(6)).solve(E[None])
+    assert (E - filtered.product()[0]).norm() / exact - 1 < 1e-4
 
 
 def test_wide_and_tall_are_transposes_of_each_other():

@@ -21,8 +21,9 @@ from loftq.lowrank.solve import LowRank, balanced
 
 OVERSAMPLE = 64  # columns beyond the rank: they set the filter's lower edge
 DEGREE = 3  # of the polynomial of one round, where the spectrum allows it
-COLD_ROUNDS = 3
-GROWTH = 1e4  # of the largest over the smallest direction in one round: float32 must hold both
+COLD_ROUNDS = 2
+GROWTH = 1e10  # bound on what a round amplifies the largest direction by, in float32
+TF32_GROWTH = 1e4  # the same in TF32: products of a steeper spectrum stay in float32
 
 
 class ChebyshevSolver:
@@ -44,13 +45,11 @@ class ChebyshevSolver:
         if self.block is None or self.block.shape[:-1] != (len(E), E.shape[-1]):
             columns = min(self.rank + OVERSAMPLE, E.shape[-1])
             start = torch.randn(E.shape[-1], columns, generator=self.generator).to(E)
-            with _fast_matmul(E):
+            with _fast_matmul(E, True):
                 self.block = orthonormalize(_gram_product(E, start.expand(len(E), -1, -1)))
             rounds = COLD_ROUNDS
         for _ in range(rounds):
-            with _fast_matmul(E):
-                filtered = chebyshev_filter(E, self.block)
-            self.block = orthonormalize(filtered)
+            self.block = orthonormalize(chebyshev_filter(E, self.block))
         projected = E @ self.block
         _, rotation = small_eigh(projected.mT @ projected)
         self.block = self.block @ rotation
@@ -61,27 +60,34 @@ class ChebyshevSolver:
 def chebyshev_filter(E: Tensor, V: Tensor) -> Tensor:
     """T_d((2/b) E^T E - I) V, b the lowest Ritz value of V, per matrix.
 
-    T_d(x) = cosh(d acosh x), so the largest direction, at x = 2 top / b - 1, outgrows the smallest
-    by cosh(d acosh x). On a steep spectrum (absmax 2-bit residuals) that passes GROWTH: the batch
-    then takes degree 2, and b is raised as far as is still needed.
+    T_d(x) = cosh(d acosh x) amplifies the largest direction, at x = 2 top / b - 1, the most. What
+    rounding leaves of that direction in the other columns grows with it, and drowns them past
+    GROWTH: steep spectra (absmax 2-bit residuals) get a lower degree. b itself must not be raised
+    instead: T_d vanishes inside [-1, 1], and a wanted direction could lie there.
     """
     tiny = torch.finfo(torch.float32).tiny
-    product = _gram_product(E, V)
-    ritz = small_eigh(V.mT @ product)[0].clamp_min(tiny)
-    low, top = ritz[..., 0], ritz[..., -1]
-    degree = DEGREE if bool((top <= low * _steepest(DEGREE)).all()) else 2
-    half = (torch.maximum(low, top / _steepest(degree)) / 2)[..., None, None]
+    with _fast_matmul(E, True):
+        product = _gram_product(E, V)
+    ritz, rotation = small_eigh(V.mT @ product)
+    # Ritz vectors as columns: each then grows by its own factor.
+    V, product = V @ rotation, product @ rotation
+    low = ritz[..., 0].clamp_min(tiny)
+    steepness = (ritz[..., -1] / low).amax().item()
+    degree = next(d for d in range(DEGREE, 0, -1) if d == 1 or steepness <= _steepest(d, GROWTH))
+    half = (low / 2)[..., None, None]
     before, now = V, product / half - V
-    for _ in range(degree - 1):
-        after = 2 * (_gram_product(E, now) / half - now) - before
-        size = after.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-        before, now = now / size, after / size
+    with _fast_matmul(E, steepness <= _steepest(degree, TF32_GROWTH)):
+        for _ in range(degree - 1):
+            after = 2 * (_gram_product(E, now) / half - now) - before
+            # Any scale per column will do, as long as both terms of the recurrence share it.
+            size = after.abs().amax(-2, keepdim=True).clamp_min(tiny)
+            before, now = now / size, after / size
     return now
 
 
-def _steepest(degree: int) -> float:
-    """top / b at which a filter of this degree reaches GROWTH."""
-    return (math.cosh(math.acosh(GROWTH) / degree) + 1) / 2
+def _steepest(degree: int, growth: float) -> float:
+    """top / b at which a filter of this degree amplifies by `growth`."""
+    return (math.cosh(math.acosh(growth) / degree) + 1) / 2
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
@@ -113,13 +119,13 @@ def _gram_product(E: Tensor, V: Tensor) -> Tensor:
 
 
 @contextmanager
-def _fast_matmul(E: Tensor) -> Iterator[None]:
-    """TF32 products inside the filter on CUDA; the choice is undone on leaving."""
+def _fast_matmul(E: Tensor, allowed: bool) -> Iterator[None]:
+    """TF32 products on CUDA where `allowed`; the choice is undone on leaving."""
     if E.device.type != "cuda":
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
         yield
     finally:
