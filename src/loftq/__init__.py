@@ -1,0 +1,66 @@
+"""Pretrained models in really-packed 4, 3 and 2 bits, with the LoRA adapters that belong to them.
+
+    import loftq
+
+    loftq.quantize("model-folder", "packed", bits=2)
+    model = loftq.load("packed", trainable=True)  # a PEFT model
+
+Importing this package loads neither torch nor transformers: the names below are fetched at their
+first use. It leaves one thing behind, a hook that registers the format with transformers when that
+is imported: `AutoModelForCausalLM.from_pretrained("packed")` works as well.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from loftq.integrations import _hook
+
+if TYPE_CHECKING:
+    from loftq.api import greedy_adapter, load, plan, quantize, quantize_model
+    from loftq.formats import FormatSpec, QuantizedTensor, parse_format
+    from loftq.methods import METHODS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "FormatSpec",
+    "QuantizedTensor",
+    "__version__",
+    "greedy_adapter",
+    "load",
+    "parse_format",
+    "plan",
+    "quantize",
+    "quantize_model",
+]
+
+_HOME = {
+    "METHODS": "loftq.methods",
+    "FormatSpec": "loftq.formats",
+    "QuantizedTensor": "loftq.formats",
+    "greedy_adapter": "loftq.api",
+    "load": "loftq.api",
+    "parse_format": "loftq.formats",
+    "plan": "loftq.api",
+    "quantize": "loftq.api",
+    "quantize_model": "loftq.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module at its first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'loftq' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, fetched or not."""
+    return sorted({*globals(), *__all__})
+
+
+_hook.install()

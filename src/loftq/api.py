@@ -1,0 +1,175 @@
+"""The Python front door: quantize to disk or in memory, load, refine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from loftq.checkpoint import Checkpoint, open_checkpoint
+from loftq.integrations import artifact, discover, memory
+from loftq.integrations.greedy import greedy_adapter
+from loftq.integrations.peft import load_adapter
+from loftq.pipeline.config import QuantizeConfig
+from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.run import JOURNAL, OnBatch, RunResult, run
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+__all__ = ["greedy_adapter", "load", "plan", "quantize", "quantize_model"]
+
+
+def plan(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    **options: Any,
+) -> Plan:
+    """What `quantize` would do with the same arguments; reads headers only.
+
+    Raises:
+        PlanError: every problem at once.
+        ValueError: an unknown option, format or method, or an unusable source.
+    """
+    return _prepare(model, device, max_shard_bytes, options)[2]
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    device: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], object] | None = None,
+    on_batch: OnBatch | None = None,
+    **options: Any,
+) -> RunResult:
+    """Quantize a pretrained model into `output`: packed backbone, start adapter, records.
+
+    Called again after an interruption it continues, and ends in the same bytes.
+
+    Args:
+        model: folder with safetensors, or hub id.
+        output: folder to be made (DESIGN: config.json, loftq-*.safetensors, init_adapter/, ...).
+        device: "cpu", "cuda", ...; None = the GPU if there is one.
+        max_shard_bytes: size at which the weights are split over files.
+        overwrite: replace a finished output that was made with other settings.
+        on_plan: called with the plan before the first weight is read.
+        on_batch: called after each batch (pipeline.run.OnBatch).
+        **options: fields of `QuantizeConfig`: method, bits, format, rank, alpha, skip, ...
+
+    Returns:
+        RunResult: the plan, a record per layer, hashes, seconds.
+
+    Raises:
+        ValueError: bad options, an unusable source, a NaN in a weight, output = input; each
+            message names the tensor or file and the remedy.
+    """
+    folder, source, planned = _prepare(model, device, max_shard_bytes, options)
+    target = Path(output)
+    _check_output(folder, target, overwrite=overwrite)
+    if on_plan is not None:
+        on_plan(planned)
+    name = str(model)
+    return run(
+        planned,
+        source,
+        target,
+        extra_files=lambda result: artifact.extra_files(result, folder, name, str(output)),
+        on_batch=on_batch,
+    )
+
+
+def quantize_model(
+    model: nn.Module,
+    *,
+    device: str | None = None,
+    on_batch: OnBatch | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Quantize a loaded transformers model in place and attach the adapters.
+
+    Args:
+        model: a full-precision model; its linears are replaced one batch at a time.
+        device: where to solve; None = where the model's weights are.
+        on_batch: progress.
+        **options: fields of `QuantizeConfig`.
+
+    Returns:
+        A PEFT model whose adapter is trainable and starts where the full-precision model was.
+    """
+    return memory.quantize_model(model, _config(options), device=device, on_batch=on_batch)
+
+
+def load(
+    path: str | Path, *, trainable: bool = False, adapter: str | Path | None = None, **kwargs: Any
+) -> PeftModel:
+    """The packed model of a folder made by `quantize`, with its adapter, as a PEFT model.
+
+    Args:
+        path: output folder of `quantize`, or its hub id.
+        trainable: whether the adapter is to be trained.
+        adapter: adapter folder; None = the start adapter (path/init_adapter). One that belongs to
+            another backbone is refused.
+        **kwargs: passed to transformers' from_pretrained (dtype, device_map, ...).
+    """
+    folder = discover.resolve_source(path)
+    base = load_base(folder, **kwargs)
+    chosen = Path(adapter) if adapter is not None else folder / "init_adapter"
+    return load_adapter(base, chosen, trainable=trainable)
+
+
+def load_base(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """The packed model alone, in the class its config names."""
+    model_class = discover.model_class(folder)
+    return model_class.from_pretrained(folder, **kwargs)
+
+
+def _prepare(
+    model: str | Path, device: str | None, max_shard_bytes: int, options: Mapping[str, Any]
+) -> tuple[Path, Checkpoint, Plan]:
+    config = _config(options)
+    folder = discover.resolve_source(model)
+    discover.refuse_unusable(folder)
+    source = open_checkpoint(folder)
+    layout = discover.describe_folder(
+        folder,
+        {name: entry.shape for name, entry in source.tensors.items()},
+        targets=list(config.targets) or None,
+        skip=list(config.skip),
+        embeddings=config.embeddings,
+    )
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    planned = make_plan(config, layout, source, device=chosen, max_shard_bytes=max_shard_bytes)
+    return folder, source, planned
+
+
+def _check_output(source: Path, output: Path, *, overwrite: bool) -> None:
+    """Refuse to write over the source, a finished model, or something that is not ours."""
+    if output.resolve() == source.resolve():
+        raise ValueError(f"{output}: output and input are the same folder. Choose another with -o.")
+    if (output / JOURNAL).exists() or not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        state = "holds a finished model" if (output / "loftq.json").exists() else "is not empty"
+        raise ValueError(
+            f"{output}: {state}. Choose another folder, or replace its contents with --overwrite."
+        )
+    if not (output / "loftq.json").exists():
+        raise ValueError(
+            f"{output}: holds files that loftq did not write, so --overwrite will not touch it. "
+            "Empty it yourself or choose another folder."
+        )
+
+
+def _config(options: Mapping[str, Any]) -> QuantizeConfig:
+    config = QuantizeConfig.from_dict(options)
+    return replace(config, targets=tuple(config.targets), skip=tuple(config.skip))

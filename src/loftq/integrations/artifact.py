@@ -1,0 +1,181 @@
+"""The files beside the weights: config.json, the adapter's config, loftq.json, the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loftq import __version__
+from loftq.pipeline.plan import Plan
+from loftq.pipeline.run import RunResult
+
+QUANT_VERSION = 1
+WEIGHTS_INDEX = "loftq.safetensors.index.json"
+# What a tokenizer or processor needs; weights, code and the source's own card stay behind.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe")
+NOT_COMPANIONS = ("config.json", "*.index.json", "loftq.json", "timings.json", "SOURCE.json")
+
+
+def extra_files(result: RunResult, folder: Path, source_name: str, output: str) -> dict[str, bytes]:
+    """Everything but the weights, config.json last: a folder without it is unfinished."""
+    files = {path.name: path.read_bytes() for path in companions(folder)}
+    files["init_adapter/adapter_config.json"] = _json(adapter_config(result.plan, output))
+    files["init_adapter/loftq_lineage.json"] = _json({"version": 1, "backbone": result.backbone})
+    files["loftq.json"] = _json(provenance(result, source_name))
+    files["timings.json"] = _json(dict(result.timings))
+    files["README.md"] = model_card(result, source_name, output).encode()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(result)
+    files["config.json"] = _json(config)
+    return files
+
+
+def companions(folder: Path) -> list[Path]:
+    """Tokenizer, processor and generation files of the source, sorted by name."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(p for p in found if not any(p.match(pattern) for pattern in NOT_COMPANIONS))
+
+
+def quantization_config(result: RunResult) -> dict[str, Any]:
+    """What transformers needs to rebuild the packed modules."""
+    plan = result.plan
+    return {
+        "quant_method": "loftq",
+        "version": QUANT_VERSION,
+        "weights": WEIGHTS_INDEX,
+        "layers": layer_entries(plan),
+        "modules_to_not_convert": sorted(kept.module for kept in plan.layout.kept),
+        "backbone": result.backbone,
+        "adapter_required": plan.config.resolved_method().adapter_required,
+    }
+
+
+def layer_entries(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Format and shape of each packed module."""
+    return {
+        layer.info.module: {"format": str(layer.spec), "shape": list(layer.info.shape)}
+        for layer in plan.layers
+    }
+
+
+def adapter_config(plan: Plan, base: str) -> dict[str, Any]:
+    """PEFT's adapter_config.json for the start adapter."""
+    config = plan.config
+    return {
+        "peft_type": "LORA",
+        "task_type": plan.layout.task_type,
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.rank if config.alpha is None else config.alpha,
+        "use_rslora": config.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(layer.info.kind == "conv1d" for layer in plan.layers),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": target_modules(plan),
+    }
+
+
+def target_modules(plan: Plan) -> list[str]:
+    """Short names where they select exactly the quantized layers, whole paths otherwise."""
+    chosen = {layer.info.module for layer in plan.layers}
+    suffixes = sorted({module.rsplit(".", 1)[-1] for module in chosen})
+    others = {kept.module for kept in plan.layout.kept} - chosen
+    if any(other.rsplit(".", 1)[-1] in suffixes for other in others):
+        return sorted(chosen)
+    return suffixes
+
+
+def provenance(result: RunResult, source_name: str) -> dict[str, Any]:
+    """loftq.json: resolved config, versions, source, a hash per tensor, a record per layer."""
+    import torch
+
+    plan = result.plan
+    return {
+        "version": 1,
+        "loftq": __version__,
+        "torch": torch.__version__,
+        "device": plan.device,
+        "source": {"name": source_name, "fingerprint": plan.source_fingerprint},
+        "config": plan.config.to_dict(),
+        "scaling": plan.config.scaling,
+        "totals": totals(result),
+        "backbone": result.backbone,
+        "kept": [
+            {"module": k.module, "parameters": k.parameters, "reason": k.reason}
+            for k in plan.layout.kept
+        ],
+        "layers": [
+            {**record, "tensor": layer.info.tensor, "kind": layer.info.kind,
+             "shape": list(layer.info.shape)}
+            for record, layer in zip(result.records, plan.layers, strict=True)
+        ],
+        "tensors": dict(result.hashes),
+    }  # fmt: skip
+
+
+def totals(result: RunResult) -> dict[str, Any]:
+    """Bytes, bits and the error over all quantized weights."""
+    plan = result.plan
+    return {
+        "quantized_weights": plan.weights,
+        "bits_per_weight": plan.bits_per_weight,
+        "packed_bytes": plan.packed_bytes,
+        "unquantized_bytes": plan.copied_bytes,
+        "adapter_bytes": plan.adapter_bytes,
+        "source_bytes": plan.source_bytes,
+        "mean_plain_error": _mean(result.records, "plain_error"),
+        "mean_error": _mean(result.records, "error"),
+    }
+
+
+def model_card(result: RunResult, source_name: str, output: str) -> str:
+    """README.md of the output folder, with the hub's front matter."""
+    plan, sums = result.plan, totals(result)
+    config, method = plan.config, plan.config.resolved_method()
+    base = f"base_model: {source_name}\nbase_model_relation: quantized\n"
+    front = f"library_name: peft\n{base if '/' in source_name else ''}tags: [loftq, peft]\n"
+    formats = ", ".join(sorted({str(layer.spec) for layer in plan.layers}))
+    need = (
+        "The backbone was chosen together with the adapter and needs it: alone it is worse than "
+        "plain rounding."
+        if method.adapter_required
+        else "The backbone is the plainly rounded weight; any adapter may be trained on it."
+    )
+    return f"""---
+{front}---
+# {Path(output).name}
+
+{Path(source_name).name} quantized with [loftq]({PROJECT}) {__version__}: packed {formats} backbone
+and the LoRA start that belongs to it (`init_adapter/`).
+
+| | |
+|---|---|
+| method | {config.method}, rank {config.rank}, alpha {config.alpha or config.rank:g} |
+| bits per quantized weight | {sums["bits_per_weight"]:.3f} (scales included) |
+| bytes | {sums["packed_bytes"]:,} packed + {sums["unquantized_bytes"]:,} unquantized + \
+{sums["adapter_bytes"]:,} adapter; source {sums["source_bytes"]:,} |
+| relative weight error | {sums["mean_plain_error"]:.4f} rounded, {sums["mean_error"]:.4f} with \
+the adapter (mean over layers) |
+
+{need}
+
+```python
+import loftq  # registers the format with transformers
+model = loftq.load("{Path(output).name}", trainable=True)  # a PEFT model, ready to train
+```
+"""
+
+
+PROJECT = "https://arxiv.org/abs/2310.08659"
+
+
+def _mean(records: tuple[Mapping[str, Any], ...], key: str) -> float:
+    return sum(record[key] for record in records) / len(records)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

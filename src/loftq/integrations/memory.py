@@ -1,0 +1,108 @@
+"""Quantize a model that is already loaded: its linears are replaced one batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from loftq.checkpoint import DTYPE_NAMES, TensorEntry, backbone_hash
+from loftq.integrations import artifact, discover
+from loftq.integrations.config import LoftqConfig
+from loftq.integrations.transformers import BUILDERS, attach
+from loftq.nn import pack_layer
+from loftq.pipeline.config import QuantizeConfig
+from loftq.pipeline.layout import ModelLayout
+from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.run import OnBatch, adapter_pair, loaded_batches, solve_batch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """A model in memory, in the place of a checkpoint."""
+
+    model: nn.Module
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every parameter as a checkpoint entry; there is no file, so offsets are sizes."""
+        entries = {}
+        for name, p in self.model.named_parameters():
+            size = math.prod(p.shape) * p.element_size()
+            dtype = DTYPE_NAMES[p.dtype]
+            entries[name] = TensorEntry(name, "memory", dtype, tuple(p.shape), 0, size)
+        return entries
+
+    def read(self, name: str) -> Tensor:
+        """The parameter itself."""
+        return self.model.get_parameter(name).detach()
+
+    def fingerprint(self) -> str:
+        """Nothing is resumed from memory."""
+        return ""
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantizeConfig,
+    *,
+    device: str | None = None,
+    on_batch: OnBatch | None = None,
+) -> PeftModel:
+    """As `loftq.quantize_model`, with a ready configuration."""
+    layout = discover.describe_model(
+        model,
+        targets=list(config.targets) or None,
+        skip=list(config.skip),
+        embeddings=config.embeddings,
+    )
+    source = LoadedSource(model)
+    where = device or str(next(model.parameters()).device)
+    plan = make_plan(config, layout, source, device=where)
+    factors: dict[str, Tensor] = {}
+    hashes: dict[str, str] = {}
+    for batch, weights in loaded_batches(plan.batches, source, torch.device(where)):
+        solution = solve_batch(plan, batch, weights)
+        for i, layer in enumerate(batch.layers):
+            home = source.read(layer.info.tensor).device
+            packed = pack_layer(model, layer.info.module, solution.quantized[i], builders=BUILDERS)
+            packed.to(home)
+            pair = adapter_pair(layer.info, solution.lora_A[i], solution.lora_B[i])
+            factors |= {name: tensor.to(home) for name, tensor in pair.items()}
+            for part, tensor in solution.quantized[i].to_state_dict().items():
+                digest = hashlib.sha256(tensor.cpu().contiguous().numpy().data).hexdigest()
+                hashes[f"{layer.stem}.{part}"] = digest
+        if on_batch:
+            on_batch(batch, [record.to_dict() for record in solution.records], False)
+    attach(model, _config(plan, layout, backbone_hash(hashes)))  # type: ignore[arg-type]
+    return _with_adapter(model, plan, factors)
+
+
+def _config(plan: Plan, layout: ModelLayout, backbone: str) -> LoftqConfig:
+    return LoftqConfig(
+        layers=artifact.layer_entries(plan),
+        modules_to_not_convert=sorted(kept.module for kept in layout.kept),
+        backbone=backbone,
+        adapter_required=plan.config.resolved_method().adapter_required,
+    )
+
+
+def _with_adapter(model: nn.Module, plan: Plan, factors: dict[str, Tensor]) -> PeftModel:
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    values = artifact.adapter_config(plan, getattr(model, "name_or_path", "") or "")
+    for key in ("peft_type", "inference_mode"):
+        values.pop(key)
+    wrapped = get_peft_model(model, LoraConfig(**values))  # type: ignore[arg-type]
+    outcome = set_peft_model_state_dict(wrapped, factors)
+    if outcome.unexpected_keys:
+        raise RuntimeError(f"PEFT has no place for {outcome.unexpected_keys[:3]}.")
+    return wrapped

@@ -1,0 +1,1 @@
+"""The one engine: configuration, plan, streamed and resumable run."""

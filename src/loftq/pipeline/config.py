@@ -1,0 +1,159 @@
+"""What a user may choose about a quantization; resolved once and written into every output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from loftq.formats import FITS, FormatSpec, parse_format
+from loftq.lowrank import SOLVERS
+from loftq.methods import Method, find_method
+
+CONFIG_VERSION = 1
+
+BITS_FORMATS = {4: "nf4-g64-dq", 3: "nf3-g64-dq", 2: "nf2-g64-dq"}
+"""Format behind --bits. A fraction b between 2 and 4 mixes the 4- and 2-bit ones by depth."""
+
+ENGINE_FORMATS = {"transformers": "nf4-g64-dq", "vllm": "sint4-g64-f16", "llama.cpp": "iq4nl-g32-f16"}
+"""Format that each serving engine can hold without loss (--for)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Every choice of `loftq quantize`; the command line's flags and key=value pairs."""
+
+    method: str = "loftq"
+    """Row of the method table: loftq, qlora, loftq-paper, qpissa."""
+    bits: float = 4
+    """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does."""
+    format: str | None = None
+    """Format by name (nf4-g64-dq, int3-g128-f16, ...); overrides bits."""
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """Other formats by module pattern: {"*.down_proj": "nf4"}; the last match wins."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float | None = None
+    """LoRA's alpha; None = rank. The start is exact for any positive value."""
+    rslora: bool = False
+    """Scale the product by alpha / sqrt(rank) instead of alpha / rank."""
+    iters: int | None = None
+    """Alternations T; None = the method's own."""
+    scale_fit: str | None = None
+    """absmax, mse or sigma; None = the method's, else the format's default."""
+    solver: str | None = None
+    """chebyshev or exact; None = the method's own."""
+    order: str | None = None
+    """quantize-first or correct-first; None = the method's own."""
+    targets: tuple[str, ...] = ()
+    """Patterns or names of the modules to quantize; empty = every linear of the blocks."""
+    skip: tuple[str, ...] = ()
+    """Patterns or names of modules to leave at 16 bits."""
+    embeddings: bool = False
+    """Quantize the embeddings too and give them adapters, as the paper does for DeBERTa."""
+    seed: int = 0
+    """Of everything random; each weight derives its own from it and its name."""
+    allow_uncovered: bool = False
+    """Accept a model of which over a fifth of the linear weights would stay 16-bit."""
+    strict: bool = False
+    """Raise where a fallback would otherwise be taken and recorded."""
+    engine: str | None = None
+    """Serve with transformers, vllm or llama.cpp: picks a format that it can hold."""
+
+    def __post_init__(self) -> None:
+        problems = [p for p in (self._check(), self._check_names()) if p]
+        if problems:
+            raise ValueError(" ".join(problems))
+
+    def _check(self) -> str:
+        if self.rank < 1:
+            return f"rank={self.rank}: must be at least 1."
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            return (
+                f"alpha={self.alpha}: must be positive. At alpha = 0 the adapter has no effect and "
+                "no start can correct the rounding; leave it out to use alpha = rank."
+            )
+        if self.iters is not None and self.iters < 0:
+            return f"iters={self.iters}: must be 0 (plain rounding) or more."
+        if self.format is None and not 2 <= self.bits <= 4:
+            return (
+                f"bits={self.bits:g}: choose 4, 3, 2 or a fraction between 2 and 4; other widths "
+                "by name, for example --format int8-g64."
+            )
+        return ""
+
+    def _check_names(self) -> str:
+        for key, value, known in (
+            ("scale_fit", self.scale_fit, FITS),
+            ("solver", self.solver, SOLVERS),
+            ("engine", self.engine, tuple(ENGINE_FORMATS)),
+        ):
+            if value is not None and value not in known:
+                return f"{key}={value!r} does not exist; choose one of {', '.join(known)}."
+        self.resolved_method()
+        self.default_format()
+        for name in self.formats.values():
+            parse_format(name)
+        return ""
+
+    def resolved_method(self) -> Method:
+        """The method with this configuration's own choices put in."""
+        return find_method(self.method).with_options(
+            iterations=self.iters, solver=self.solver, order=self.order
+        )
+
+    def default_format(self) -> FormatSpec:
+        """Format of a layer that nothing else assigns."""
+        if self.format is not None:
+            return parse_format(self.format)
+        if self.engine is not None:
+            return parse_format(ENGINE_FORMATS[self.engine])
+        whole = int(self.bits) if self.bits == int(self.bits) else 2
+        return self._with_coding(BITS_FORMATS[whole])
+
+    def wide_format(self) -> FormatSpec:
+        """Format of the first blocks when `bits` is a fraction."""
+        return self._with_coding(BITS_FORMATS[4])
+
+    def _with_coding(self, name: str) -> FormatSpec:
+        spec, coding = parse_format(name), find_method(self.method).scale_coding
+        return spec if coding is None else replace(spec, scale_coding=coding)
+
+    @property
+    def scaling(self) -> float:
+        """The factor before B A."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready, with a version."""
+        return {"version": CONFIG_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> QuantizeConfig:
+        """Inverse of to_dict.
+
+        Raises:
+            ValueError: a version or key this release does not know.
+        """
+        values = dict(values)
+        version = values.pop("version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise ValueError(f"config version {version} is not {CONFIG_VERSION}: update loftq.")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(unknown_option(unknown[0]))
+        for key in ("targets", "skip"):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])  # type: ignore[arg-type]
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def unknown_option(name: str) -> str:
+    """Message for an option that does not exist, with the nearest one that does."""
+    import difflib
+
+    known = [f.name for f in fields(QuantizeConfig)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"unknown option {name!r}. {hint}Known: {', '.join(known)}."

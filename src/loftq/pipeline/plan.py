@@ -1,0 +1,301 @@
+"""Everything decided before the first weight is read: formats, batches, files, bytes, seconds.
+
+A plan is a pure function of the configuration, the model's layout and the source's headers. It
+fixes which weights are solved together and from which seeds, so it is the unit of resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+from loftq.allocation import assign_formats, first_k_blocks
+from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
+from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.pipeline.config import QuantizeConfig
+from loftq.pipeline.layout import LayerInfo, ModelLayout
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+SHARD_PREFIX = "loftq"
+ADAPTER_FILE = "init_adapter/adapter_model.safetensors"
+MAX_UNCOVERED = 0.2
+BATCH_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Weights solved at once, by device: bounds working memory (about 40 bytes a weight)."""
+WORKING_BYTES = 40
+NANOSECONDS = {"cpu": 60.0, "cuda": 0.25}
+"""Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint, or a model in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Name -> dtype and shape of every tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+
+    def fingerprint(self) -> str:
+        """Identity of the contents."""
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out; the message lists every problem at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """One weight, its format and its own seed."""
+
+    info: LayerInfo
+    spec: FormatSpec
+    scale_fit: str
+    seed: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.info.shape[0] * self.info.shape[1]
+
+    @property
+    def stem(self) -> str:
+        """Name of the weight in the checkpoint without `.weight`: packed tensors append to it."""
+        return self.info.tensor.removesuffix(".weight")
+
+    def packed(self) -> list[TensorSpec]:
+        """The packed tensors this layer is stored as."""
+        shapes = component_shapes(self.spec, self.info.shape)
+        return [TensorSpec(f"{self.stem}.{part}", "U8", shape) for part, shape in shapes.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Same-shape weights that are solved together."""
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done, file by file."""
+
+    config: QuantizeConfig
+    layout: ModelLayout
+    layers: tuple[PlannedLayer, ...]
+    batches: tuple[Batch, ...]
+    copied: tuple[TensorSpec, ...]
+    """Tensors that go to the output as they are."""
+    shards: tuple[ShardFile, ...]
+    """Output files: backbone shards, then the adapter file."""
+    source_fingerprint: str
+    source_bytes: int
+    device: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of input, settings and batches: a resume needs the same."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        """What the fingerprint covers, JSON-ready, so that a refusal can say what differs."""
+        return {
+            **{f"config.{k}": _plain(v) for k, v in self.config.to_dict().items()},
+            "source": self.source_fingerprint,
+            "device": self.device.split(":")[0],
+            "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
+            "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
+        }
+
+    @property
+    def weights(self) -> int:
+        """Quantized weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed tensors."""
+        return sum(spec.nbytes for layer in self.layers for spec in layer.packed())
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of everything that is not quantized."""
+        return sum(spec.nbytes for spec in self.copied)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters, float32 on disk."""
+        return sum(spec.nbytes for spec in adapter_tensors(self.layers, self.config.rank))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of every weight file, headers included."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized weights, scales and zeros included, adapters not."""
+        return 8 * self.packed_bytes / self.weights
+
+    @property
+    def seconds(self) -> float:
+        """Rough time of the solve on this device; reading and writing come on top."""
+        steps = max(1, self.config.resolved_method().iterations)
+        kind = self.device.split(":")[0]
+        return self.weights * steps * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory of the largest batch while it is solved, on the device that solves it."""
+        largest = max(sum(layer.weights for layer in batch.layers) for batch in self.batches)
+        return WORKING_BYTES * largest
+
+
+def make_plan(
+    config: QuantizeConfig,
+    layout: ModelLayout,
+    source: Source,
+    *,
+    device: str = "cpu",
+    max_shard_bytes: int = 5_000_000_000,
+) -> Plan:
+    """Plan the quantization of a checkpoint; reads nothing but its headers.
+
+    Raises:
+        PlanError: anything that would fail later, all of it at once.
+    """
+    specs = _formats(config, layout)
+    problems = _problems(config, layout, source)
+    if problems:
+        raise PlanError("\n".join(problems))
+    layers = tuple(
+        PlannedLayer(
+            info=info,
+            spec=specs[info.module],
+            scale_fit=_fit(config, specs[info.module]),
+            seed=_seed(config.seed, info.module),
+        )
+        for info in layout.layers
+    )
+    by_tensor = {layer.info.tensor: layer for layer in layers}
+    stored: list[TensorSpec] = []
+    copied: list[TensorSpec] = []
+    for entry in source.tensors.values():
+        if entry.name in by_tensor:
+            stored += by_tensor[entry.name].packed()
+        else:
+            copied.append(TensorSpec(entry.name, entry.dtype, entry.shape))
+            stored.append(copied[-1])
+    shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
+    adapter = ShardFile.plan(ADAPTER_FILE, adapter_tensors(layers, config.rank))
+    return Plan(
+        config=config,
+        layout=layout,
+        layers=layers,
+        batches=_batches(layers, BATCH_WEIGHTS.get(device.split(":")[0], BATCH_WEIGHTS["cuda"])),
+        copied=tuple(copied),
+        shards=(*shards, adapter),
+        source_fingerprint=source.fingerprint(),
+        source_bytes=sum(entry.nbytes for entry in source.tensors.values()),
+        device=device,
+    )
+
+
+def adapter_tensors(layers: tuple[PlannedLayer, ...], rank: int) -> list[TensorSpec]:
+    """Tensors of the adapter file, under PEFT's names."""
+    tensors = []
+    for layer in layers:
+        name_a, name_b = adapter_names(layer.info)
+        out_features, in_features = layer.info.shape
+        if layer.info.kind == "embedding":
+            # PEFT's embedding adapter is the transpose: A (rank, tokens), B (width, rank).
+            tensors.append(TensorSpec(name_a, "F32", (rank, out_features)))
+            tensors.append(TensorSpec(name_b, "F32", (in_features, rank)))
+        else:
+            tensors.append(TensorSpec(name_a, "F32", (rank, in_features)))
+            tensors.append(TensorSpec(name_b, "F32", (out_features, rank)))
+    return tensors
+
+
+def adapter_names(info: LayerInfo) -> tuple[str, str]:
+    """Names of A and B in a PEFT adapter file."""
+    prefix = f"base_model.model.{info.module}."
+    if info.kind == "embedding":
+        return prefix + "lora_embedding_A", prefix + "lora_embedding_B"
+    return prefix + "lora_A.weight", prefix + "lora_B.weight"
+
+
+def _formats(config: QuantizeConfig, layout: ModelLayout) -> dict[str, FormatSpec]:
+    default = config.default_format()
+    overrides = {pattern: parse_format(name) for pattern, name in config.formats.items()}
+    first = None
+    if config.format is None and config.engine is None and config.bits not in (2, 3, 4):
+        first = (first_k_blocks(config.bits, layout.blocks), config.wide_format())
+    return assign_formats(layout.layers, default, first=first, overrides=overrides)
+
+
+def _problems(config: QuantizeConfig, layout: ModelLayout, source: Source) -> list[str]:
+    problems = []
+    if not layout.layers:
+        problems.append(
+            f"{layout.architecture}: found no linear weight to quantize. Name them with "
+            "targets=[...]; `loftq plan MODEL` lists what there is."
+        )
+    for info in layout.layers:
+        entry = source.tensors[info.tensor]
+        if config.rank > min(info.shape):
+            problems.append(
+                f"{info.module}: rank={config.rank} exceeds min{info.shape} = {min(info.shape)}. "
+                f'Lower the rank or leave the layer out with skip=["{info.module}"].'
+            )
+        if entry.dtype not in FLOATS:
+            problems.append(
+                f"{info.tensor}: dtype {entry.dtype} is not a float; the source looks quantized "
+                "already. Start from the original 16- or 32-bit model."
+            )
+    missed = 1 - layout.coverage
+    if layout.layers and missed > MAX_UNCOVERED and not config.allow_uncovered:
+        reasons = sorted({kept.reason for kept in layout.kept})
+        problems.append(
+            f"{layout.architecture}: {missed:.0%} of the linear weights would stay 16-bit "
+            f"({', '.join(reasons)}). Accept that with --allow-uncovered."
+        )
+    return problems
+
+
+def _fit(config: QuantizeConfig, spec: FormatSpec) -> str:
+    if config.scale_fit is not None:
+        return config.scale_fit
+    method_fit = config.resolved_method().scale_fit
+    if method_fit == "absmax" and spec.grid in ("even", "uniform"):
+        return "sigma"  # the papers' rule for these grids
+    return method_fit or default_fit(spec)
+
+
+def _seed(seed: int, module: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _batches(layers: tuple[PlannedLayer, ...], limit: int) -> tuple[Batch, ...]:
+    """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
+    groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
+    for layer in layers:
+        key = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
+        runs = groups.setdefault(key, [[]])
+        if runs[-1] and (len(runs[-1]) + 1) * layer.weights > limit:
+            runs.append([])
+        runs[-1].append(layer)
+    batches = [tuple(run) for runs in groups.values() for run in runs]
+    return tuple(Batch(name=f"batch-{k:05d}", layers=run) for k, run in enumerate(batches, 1))
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else value
