@@ -1,5 +1,5 @@
 # Everything goes through bootstrap.py, which needs nothing but a Python: these are its short names.
-# ARGS reaches the command behind a target: make demo ARGS="--help", make test ARGS="-k packing".
+# ARGS reaches the demo: make demo ARGS="--help".
 PYTHON ?= python3
 ARGS ?=
 

@@ -214,7 +214,7 @@ def pip(venv: Path, *arguments: str) -> None:
         last = "\n".join("    " + line for line in lines[-15:])
         raise SetupError(
             f"pip could not install what is needed; its last lines:\n{last}\n"
-            "Nothing is half done: mend the cause (network, proxy, disk space, Python version) and "
+            "Mend the cause (network, proxy, disk space, Python version) and "
             "run the same command again."
         )
 
@@ -297,11 +297,11 @@ def lint_steps() -> list:
 
 def test_steps() -> list:
     """The tests, as (name, command): the compat ones on the oldest transformers, then all."""
-    workers = ["-n", str(max(1, min(4, os.cpu_count() or 1)))]
+    options = ["-n", str(min(4, os.cpu_count() or 1)), "--durations=10", "--durations-min=10"]
     compat = ["-m", f"compat and {ON_CPU_OFFLINE}"]
     return [
-        ("pytest, oldest", [python_of(OLDEST), "-m", "pytest", *workers, *compat]),
-        ("pytest", [python_of(VENV), "-m", "pytest", *workers]),
+        ("pytest, oldest", [python_of(OLDEST), "-m", "pytest", *options, *compat]),
+        ("pytest", [python_of(VENV), "-m", "pytest", *options]),
     ]
 
 

@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     """Name what decides the results, and what is missing for the tests on real models."""
     packages = ("torch", "transformers", "peft", "accelerate", "huggingface_hub")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {_version(name)}" for name in packages)
     variables = ("LOFTQ_MODELS", "LOFTQ_DATA")
     folders = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in variables)
     return [f"{versions}, {platform.machine()}", folders]
@@ -70,6 +70,13 @@ def models_dir() -> Path:
 def data_dir() -> Path:
     """The folder of real evaluation data (LOFTQ_DATA)."""
     return _folder("LOFTQ_DATA", "a folder of evaluation data, such as wikitext2/wiki.test.raw.gz")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _folder(variable: str, what: str) -> Path:

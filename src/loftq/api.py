@@ -38,7 +38,10 @@ def plan(
         PlanError: every problem at once.
         ValueError: an unknown option, format or method, or an unusable source.
     """
-    return _prepare(model, device, max_shard_bytes, options)[2]
+    chosen = _device(device)
+    if torch.cuda.is_available() or not chosen.startswith("cuda"):
+        check_device(chosen)  # else it is a plan for another machine
+    return _prepare(model, chosen, max_shard_bytes, options)[2]
 
 
 def quantize(
@@ -73,7 +76,9 @@ def quantize(
         ValueError: bad options, an unusable source, a NaN in a weight, output = input; each
             message names the tensor or file and the remedy.
     """
-    folder, source, planned = _prepare(model, device, max_shard_bytes, options)
+    chosen = _device(device)
+    check_device(chosen)
+    folder, source, planned = _prepare(model, chosen, max_shard_bytes, options)
     target = Path(output)
     _check_output(folder, target, overwrite=overwrite)
     if on_plan is not None:
@@ -134,7 +139,7 @@ def load_base(folder: Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _prepare(
-    model: str | Path, device: str | None, max_shard_bytes: int, options: Mapping[str, Any]
+    model: str | Path, device: str, max_shard_bytes: int, options: Mapping[str, Any]
 ) -> tuple[Path, Checkpoint, Plan]:
     config = _config(options)
     folder = discover.resolve_source(model)
@@ -147,9 +152,24 @@ def _prepare(
         skip=list(config.skip),
         embeddings=config.embeddings,
     )
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    planned = make_plan(config, layout, source, device=chosen, max_shard_bytes=max_shard_bytes)
+    planned = make_plan(config, layout, source, device=device, max_shard_bytes=max_shard_bytes)
     return folder, source, planned
+
+
+def _device(device: str | None) -> str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or cannot use here, before anything is written."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={device!r}: torch cannot use it here ({reason}). Choose cpu, or see what "
+            "`loftq doctor` finds."
+        ) from error
 
 
 def _check_output(source: Path, output: Path, *, overwrite: bool) -> None:

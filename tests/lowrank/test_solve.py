@@ -101,6 +101,25 @@ def test_matrices_smaller_than_the_block_are_solved():
     assert torch.allclose(found.product(), exact.product(), atol=1e-3)
 
 
+def test_rank_deficient_and_zero_residuals_leave_their_neighbours_alone():
+    E = torch.randn(4, 48, 48, generator=generator())
+    E[1] = 0
+    E[2] = torch.outer(E[2, 0], E[2, 1])
+    found = ChebyshevSolver(4, generator=generator(1)).solve(E)
+    exact = ExactSolver(4).solve(E)
+    assert torch.allclose(found.product(), exact.product(), atol=1e-4)
+
+
+def test_a_block_as_wide_as_the_matrix_is_solved_for_every_weight_of_a_stack():
+    E = torch.randn(64, 48, 48, generator=generator(7)) * 1e-3
+    solver = ChebyshevSolver(4, generator=generator(1))
+    for _ in range(3):
+        found = solver.solve(E)
+    left = (E - found.product()).flatten(1).norm(dim=1)
+    best = (E - ExactSolver(4).solve(E).product()).flatten(1).norm(dim=1)
+    assert (left / best - 1).max() < 1e-4
+
+
 def test_unknown_solver_is_named():
     with pytest.raises(ValueError, match="unknown solver 'svds'"):
         make_solver("svds", 4, generator())

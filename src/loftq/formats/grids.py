@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loftq.formats.codebooks import even_levels
 from loftq.formats.spec import FormatSpec
+from loftq.ops.dispatch import search_kernel
 from loftq.ops.reference import PER_TENSOR
 
 FITS = ("absmax", "mse", "sigma")
@@ -175,6 +176,10 @@ class CodebookGrid(_GroupedGrid):
     def _search(self, x: Tensor, widest: Tensor) -> Tensor:
         """argmin over SEARCH * widest of ||x - scale * nearest level||, per row of x."""
         table = _lookup(self.levels, x.device)
+        kernel = search_kernel(x)
+        if kernel is not None:
+            ratios = torch.tensor(SEARCH[self.bits], device=x.device)
+            return kernel(x.contiguous(), widest, table.levels, ratios)
         unit = x / widest[:, None]
         best = best_error = None
         for ratio in SEARCH[self.bits]:

@@ -18,7 +18,7 @@ from loftq.integrations.transformers import BUILDERS, attach
 from loftq.nn import pack_layer
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
-from loftq.pipeline.plan import Plan, make_plan
+from loftq.pipeline.plan import ADAPTER_PREFIX, Plan, make_plan
 from loftq.pipeline.run import OnBatch, adapter_pair, loaded_batches, solve_batch
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def quantize_model(
     source = LoadedSource(model)
     where = device or str(next(model.parameters()).device)
     plan = make_plan(config, layout, source, device=where)
-    factors: dict[str, Tensor] = {}
+    factors = {ADAPTER_PREFIX + spec.name: source.read(spec.name).float() for spec in plan.heads}
     hashes: dict[str, str] = {}
     for batch, weights in loaded_batches(plan.batches, source, torch.device(where)):
         solution = solve_batch(plan, batch, weights)

@@ -15,7 +15,11 @@ CONFIG_VERSION = 1
 BITS_FORMATS = {4: "nf4-g64-dq", 3: "nf3-g64-dq", 2: "nf2-g64-dq"}
 """Format behind --bits. A fraction b between 2 and 4 mixes the 4- and 2-bit ones by depth."""
 
-ENGINE_FORMATS = {"transformers": "nf4-g64-dq", "vllm": "sint4-g64-f16", "llama.cpp": "iq4nl-g32-f16"}
+ENGINE_FORMATS = {
+    "transformers": "nf4-g64-dq",
+    "vllm": "sint4-g64-f16",
+    "llama.cpp": "iq4nl-g32-f16",
+}
 """Format that each serving engine can hold without loss (--for)."""
 
 
@@ -75,6 +79,11 @@ class QuantizeConfig:
             )
         if self.iters is not None and self.iters < 0:
             return f"iters={self.iters}: must be 0 (plain rounding) or more."
+        if self.engine is not None and (self.format is not None or self.bits != 4):
+            return (
+                f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
+                "name a format and see in the plan which engines can hold it."
+            )
         if self.format is None and not 2 <= self.bits <= 4:
             return (
                 f"bits={self.bits:g}: choose 4, 3, 2 or a fraction between 2 and 4; other widths "

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from loftq.allocation import assign_formats, first_k_blocks
@@ -23,11 +24,18 @@ from loftq.pipeline.layout import LayerInfo, ModelLayout
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 SHARD_PREFIX = "loftq"
+ADAPTER_PREFIX = "base_model.model."
+TRAINED_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT trains and stores with an adapter of a task."""
 ADAPTER_FILE = "init_adapter/adapter_model.safetensors"
 MAX_UNCOVERED = 0.2
-BATCH_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Weights solved at once, by device: bounds working memory (about 40 bytes a weight)."""
-WORKING_BYTES = 40
+CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 28
+"""Most weights solved at once: bounds working memory, and fills a large GPU."""
+WORKING_BYTES = 45  # of memory for each weight being solved, measured
 NANOSECONDS = {"cpu": 60.0, "cuda": 0.25}
 """Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
 
@@ -132,7 +140,13 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         """Bytes of the adapters, float32 on disk."""
-        return sum(spec.nbytes for spec in adapter_tensors(self.layers, self.config.rank))
+        return sum(entry.nbytes for entry in self.shards[-1].tensors.values())
+
+    @property
+    def heads(self) -> tuple[TensorSpec, ...]:
+        """Tensors of the task head, which the adapter file holds too, in float32."""
+        modules = TRAINED_HEADS.get(self.layout.task_type or "", ())
+        return tuple(spec for spec in self.copied if spec.name.split(".")[0] in modules)
 
     @property
     def disk_bytes(self) -> int:
@@ -193,25 +207,25 @@ def make_plan(
         else:
             copied.append(TensorSpec(entry.name, entry.dtype, entry.shape))
             stored.append(copied[-1])
-    shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
-    adapter = ShardFile.plan(ADAPTER_FILE, adapter_tensors(layers, config.rank))
-    return Plan(
+    plan = Plan(
         config=config,
         layout=layout,
         layers=layers,
-        batches=_batches(layers, BATCH_WEIGHTS.get(device.split(":")[0], BATCH_WEIGHTS["cuda"])),
+        batches=_batches(layers, _batch_limit(device)),
         copied=tuple(copied),
-        shards=(*shards, adapter),
+        shards=(),
         source_fingerprint=source.fingerprint(),
         source_bytes=sum(entry.nbytes for entry in source.tensors.values()),
         device=device,
     )
+    shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
+    return replace(plan, shards=(*shards, ShardFile.plan(ADAPTER_FILE, _adapter_tensors(plan))))
 
 
-def adapter_tensors(layers: tuple[PlannedLayer, ...], rank: int) -> list[TensorSpec]:
+def _adapter_tensors(plan: Plan) -> list[TensorSpec]:
     """Tensors of the adapter file, under PEFT's names."""
-    tensors = []
-    for layer in layers:
+    rank, tensors = plan.config.rank, []
+    for layer in plan.layers:
         name_a, name_b = adapter_names(layer.info)
         out_features, in_features = layer.info.shape
         if layer.info.kind == "embedding":
@@ -221,12 +235,13 @@ def adapter_tensors(layers: tuple[PlannedLayer, ...], rank: int) -> list[TensorS
         else:
             tensors.append(TensorSpec(name_a, "F32", (rank, in_features)))
             tensors.append(TensorSpec(name_b, "F32", (out_features, rank)))
-    return tensors
+    heads = (TensorSpec(ADAPTER_PREFIX + spec.name, "F32", spec.shape) for spec in plan.heads)
+    return [*tensors, *heads]
 
 
 def adapter_names(info: LayerInfo) -> tuple[str, str]:
     """Names of A and B in a PEFT adapter file."""
-    prefix = f"base_model.model.{info.module}."
+    prefix = f"{ADAPTER_PREFIX}{info.module}."
     if info.kind == "embedding":
         return prefix + "lora_embedding_A", prefix + "lora_embedding_B"
     return prefix + "lora_A.weight", prefix + "lora_B.weight"
@@ -295,6 +310,16 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int) -> tuple[Batch, ...]:
         runs[-1].append(layer)
     batches = [tuple(run) for runs in groups.values() for run in runs]
     return tuple(Batch(name=f"batch-{k:05d}", layers=run) for k, run in enumerate(batches, 1))
+
+
+def _batch_limit(device: str) -> int:
+    """Weights per batch: half of a small GPU's memory, at most GPU_BATCH."""
+    if not device.startswith("cuda"):
+        return CPU_BATCH
+    if not torch.cuda.is_available():
+        return GPU_BATCH  # a plan for another machine
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(GPU_BATCH, memory // (2 * WORKING_BYTES))
 
 
 def _plain(value: object) -> object:

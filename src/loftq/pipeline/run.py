@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
-from loftq.methods import LayerProblem, LayerRecord, LayerSolution
+from loftq.methods import LayerProblem, LayerSolution
 from loftq.pipeline.layout import LayerInfo
-from loftq.pipeline.plan import Batch, Plan, Source, adapter_names
+from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, Source, adapter_names
 
 JOURNAL = ".loftq-journal.jsonl"
 REST = "rest"  # the batch that holds every tensor copied as it is
@@ -178,6 +178,8 @@ def _copy_rest(plan: Plan, source: Checkpoint, writer: CheckpointWriter) -> floa
     start = time.perf_counter()
     for spec in plan.copied:
         writer.write_bytes(spec.name, source.read_bytes(spec.name))
+    for spec in plan.heads:
+        writer.write(ADAPTER_PREFIX + spec.name, source.read(spec.name).float())
     writer.commit(REST, {})
     return time.perf_counter() - start
 

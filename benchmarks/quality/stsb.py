@@ -1,0 +1,82 @@
+"""STS-B Spearman of encoders without any training, by format, fit and method.
+
+    python benchmarks/quality/stsb.py MODEL_FOLDER... --data GLUE_STSB_FILE [--device cuda]
+        [--formats nf4 nf3 nf2 ...] [--fits absmax mse] [--rank 16] [--split-name test]
+
+One markdown row per model, format, fit and method; real packed weights and adapters throughout.
+`qlora` is plain rounding. These rows decide each format's default fit (formats/grids.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import loftq
+from loftq.eval.similarity import similarity_score
+
+FORMATS = ("nf4", "nf3", "nf2", "snf4", "snf3", "snf2", "int4", "int3", "int2", "sint4", "sint3",
+           "sint2", "iq4nl")  # fmt: skip
+
+
+def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
+    """Sentence pairs and labels of a GLUE STS-B file (jsonl, gzip or not)."""
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
+    with opened as file:
+        rows = [json.loads(line) for line in file]
+    return [(r["sentence1"], r["sentence2"]) for r in rows], [r["label"] for r in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--fits", nargs="+", default=("absmax", "mse"))
+    parser.add_argument("--methods", nargs="+", default=("qlora", "loftq"))
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pairs, labels = read_pairs(args.data)
+    print("| model | format | fit | method | bits | mean error | Spearman |")
+    print("|---|---|---|---|--:|--:|--:|")
+    for folder in args.models:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+        def score(model: object) -> str:
+            return f"{similarity_score(model, tokenizer, pairs, labels):.2f}"  # noqa: B023
+
+        def fresh() -> object:
+            return AutoModel.from_pretrained(folder, dtype="float32").eval().to(args.device)  # noqa: B023
+
+        print(f"| {folder.name} | reference | - | - | - | 0 | {score(fresh())} |", flush=True)
+        for name in args.formats:
+            for fit in args.fits:
+                for method in args.methods:
+                    records: list[dict] = []
+                    model = loftq.quantize_model(
+                        fresh(),
+                        format=name,
+                        scale_fit=fit,
+                        method=method,
+                        rank=args.rank,
+                        on_batch=lambda _batch, found, _done: records.extend(found),  # noqa: B023
+                    ).eval()
+                    error = sum(r["error"] for r in records) / len(records)
+                    bits = sum(r["bits_per_weight"] for r in records) / len(records)
+                    print(
+                        f"| {folder.name} | {name} | {fit} | {method} r{args.rank} | {bits:.3f} | "
+                        f"{error:.4f} | {score(model)} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`loftq lab`: experiments and what they are made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from loftq.cli import console, options
+
+app = typer.Typer(
+    help="Experiments: the demo, and the methods that tables compare.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command(short_help="List all methods, reproductions included.")
+def methods(as_json: options.AsJson = False) -> None:
+    """List all methods, reproductions of papers included, with their choices."""
+    with console.answering(as_json=as_json):
+        from loftq.methods import METHODS
+
+    if as_json:
+        console.emit({"methods": [asdict(method) for method in METHODS.values()]})
+        return
+    shown = console.table(
+        "method", "paper", "T", "order", "keeps", "solver", "fit", "scales", "about"
+    )
+    for method in METHODS.values():
+        shown.add_row(
+            method.name + (" (reproduction)" if method.reproduction else ""),
+            f"arXiv:{method.paper}" if method.paper else "ours",
+            str(method.iterations),
+            method.order,
+            method.keep,
+            method.solver,
+            method.scale_fit or "any",
+            method.scale_coding or "any",
+            method.summary,
+        )
+    out = console.screen()
+    out.print(shown)
+    out.print(
+        "Every method takes every format. Keys override a choice: iters=, order=, solver=, "
+        "scale_fit=.",
+        style="dim",
+    )
+
+
+@app.command(short_help="One table on a small real model, in minutes.")
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id; default: a small model that needs no hub."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantize a small real model several ways, tune it for a few steps, show one table."""
+    from loftq.lab.demo import run_demo
+
+    run_demo(model=model, as_json=as_json)

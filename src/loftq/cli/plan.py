@@ -1,0 +1,147 @@
+"""`loftq plan`: what `loftq quantize` would do; reads headers only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loftq.cli import console, options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loftq.report import PlanReport
+
+
+def plan(
+    model: options.Model,
+    settings: options.Settings = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where it would go: compares free disk.")
+    ] = None,
+    bits: options.Bits = None,
+    format: options.Format = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    alpha: options.Alpha = None,
+    targets: options.Targets = None,
+    skip: options.Skip = None,
+    engine: options.Engine = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+    config: options.ConfigFile = None,
+    allow_uncovered: options.AllowUncovered = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what quantizing MODEL would take and give: bits, bytes, memory, time, where it serves."""
+    flags = {
+        "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
+        "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "allow_uncovered": allow_uncovered,
+    }  # fmt: skip
+    request = options.collect(flags, settings, config)
+    with console.answering(as_json=as_json):
+        from loftq import api
+        from loftq.cli.choices import choices
+        from loftq.report import describe_plan
+
+        planned = api.plan(model, **request.options)
+        report = describe_plan(planned)
+        chosen = choices(planned, request.given)
+        free = None if output is None else _free(output)
+    if as_json:
+        made = {"choices": [choice.to_dict() for choice in chosen], "free_disk_bytes": free}
+        console.emit({"model": model, **report.to_dict(), **made})
+        return
+    out = console.screen()
+    out.print(f"plan: {model} ({report.architecture})")
+    lines = console.facts()
+    for choice in chosen:
+        lines.add_row(choice.name, choice.value, choice.reason)
+    out.print(lines)
+    out.print()
+    _print_layers(out, report)
+    _print_totals(out, report)
+    if free is not None and free < report.disk_bytes:
+        out.print(
+            f"\n{output}: {console.size(free)} free, {console.size(report.disk_bytes)} needed. "
+            "Free some space or choose another disk."
+        )
+
+
+def print_serving(out: Console, report: PlanReport) -> None:
+    """Where the backbone can be served, one line per engine."""
+    lines = console.facts()
+    for place in report.serving:
+        lines.add_row("serves" if place.exact else "not", place.engine, place.note)
+    out.print(lines)
+    out.print(
+        "A layout that serves holds the same codes and scales without loss: a property of the "
+        "format. What is written is loftq's own layout.",
+        style="dim",
+    )
+
+
+def _print_layers(out: Console, report: PlanReport) -> None:
+    right = ("layers", "weights", "bits", "bytes")
+    shown = console.table("layer", "shape", "format", *right, right=right)
+    for group in report.groups:
+        rows, columns = group.shape
+        shown.add_row(
+            group.name,
+            f"{rows} x {columns}",
+            group.format,
+            str(group.layers),
+            f"{group.weights:,}",
+            f"{group.bits_per_weight:.3f}",
+            console.size(group.packed_bytes),
+        )
+    out.print(shown)
+    out.print()
+
+
+def _print_totals(out: Console, report: PlanReport) -> None:
+    lines = console.facts()
+    for kept in report.kept:
+        more = f" and {kept.modules - 1} more" if kept.modules > 1 else ""
+        remark = kept.reason if kept.by_choice else f"{kept.reason}: cannot be packed yet"
+        lines.add_row("kept", f"{kept.example}{more}, {kept.parameters:,} weights", remark)
+    lines.add_row(
+        "bits", f"{report.bits_per_weight:.3f} per quantized weight", "scales and zeros included"
+    )
+    lines.add_row(
+        "disk",
+        console.size(report.disk_bytes),
+        f"{console.size(report.packed_bytes)} packed + {console.size(report.unquantized_bytes)} "
+        f"unquantized + {console.size(report.adapter_bytes)} adapter; the source has "
+        f"{console.size(report.source_bytes)}",
+    )
+    lines.add_row(
+        "memory",
+        f"{console.size(report.loaded_bytes)} on the device when loaded",
+        "weights and adapter as stored; activations come on top",
+    )
+    lines.add_row(
+        "",
+        f"{console.size(report.host_bytes)} of host memory while quantizing",
+        f"above Python and its libraries; {console.size(report.solve_bytes)} on {report.device} "
+        "for the largest batch",
+    )
+    lines.add_row(
+        "time",
+        f"{console.duration(report.seconds)} on {report.device}",
+        "a rough estimate of the solve; reading and writing come on top",
+    )
+    out.print(lines)
+    print_serving(out, report)
+
+
+def _free(output: Path) -> int:
+    import shutil
+
+    place = output.absolute()
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,143 @@
+"""`loftq quantize`: a pretrained model in, a packed backbone with its start adapter out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loftq.cli import console, options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loftq.cli.choices import Choice
+    from loftq.pipeline.plan import Plan
+    from loftq.pipeline.run import RunResult
+
+INTERRUPTED = 130
+
+
+def quantize(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to make; the same command resumes.")
+    ],
+    settings: options.Settings = None,
+    bits: options.Bits = None,
+    format: options.Format = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    alpha: options.Alpha = None,
+    targets: options.Targets = None,
+    skip: options.Skip = None,
+    engine: options.Engine = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+    config: options.ConfigFile = None,
+    allow_uncovered: options.AllowUncovered = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished output of loftq.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantize MODEL: packed weights, the LoRA start that belongs to them, a record per layer."""
+    flags = {
+        "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
+        "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "allow_uncovered": allow_uncovered,
+    }  # fmt: skip
+    request = options.collect(flags, settings, config)
+    out = console.screen(as_json=as_json)
+    with console.answering(as_json=as_json):
+        from loftq import api
+        from loftq.cli.choices import choices
+        from loftq.cli.progress import QuantizeProgress
+
+        follow = QuantizeProgress(out, console.side_screen())
+        chosen: list[Choice] = []
+
+        def begin(plan: Plan) -> None:
+            chosen.extend(choices(plan, request.given))
+            _print_start(out, model, output, plan, chosen)
+            follow.start(plan)
+
+        try:
+            result = api.quantize(
+                model,
+                output,
+                overwrite=overwrite,
+                on_plan=begin,
+                on_batch=follow.on_batch,
+                **request.options,
+            )
+        except KeyboardInterrupt:
+            follow.close()
+            typer.echo(f"interrupted; the same command continues {output}.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            follow.close()
+        follow.announce()
+    if as_json:
+        console.emit(_answer(model, output, result, chosen, follow.resumed))
+    else:
+        _print_end(out, output, result)
+
+
+def _print_start(out: Console, model: str, output: Path, plan: Plan, chosen: list[Choice]) -> None:
+    from loftq.pipeline.serving import where_served
+
+    out.print(f"quantize: {model} ({plan.layout.architecture}) -> {output}")
+    lines = console.facts()
+    for choice in chosen:
+        lines.add_row(choice.name, choice.value, choice.reason)
+    size, seconds = console.size(plan.disk_bytes), console.duration(plan.seconds)
+    lines.add_row("output", size, f"estimated time to solve: {seconds}; `loftq plan` says more")
+    places = where_served(plan)
+    exact = [place.engine for place in places if place.exact]
+    lines.add_row("serves", ", ".join(exact), "layouts that hold it without loss")
+    out.print(lines)
+
+
+def _print_end(out: Console, output: Path, result: RunResult) -> None:
+    from loftq.integrations.artifact import totals
+
+    sums = totals(result)
+    lines = console.facts()
+    lines.add_row(
+        "done",
+        f"{console.count(len(result.records), 'layer')} in "
+        f"{console.duration(result.timings['total'])}: mean relative error "
+        f"{sums['mean_plain_error']:.4f} rounded, {sums['mean_error']:.4f} with the adapter",
+    )
+    lines.add_row(
+        "wrote",
+        f"{output}: {console.size(sums['packed_bytes'])} packed + "
+        f"{console.size(sums['unquantized_bytes'])} unquantized + "
+        f"{console.size(sums['adapter_bytes'])} adapter; the source has "
+        f"{console.size(sums['source_bytes'])}",
+    )
+    lines.add_row("next", f"loftq inspect {output} --check")
+    lines.add_row("", f'in Python: loftq.load("{output}", trainable=True)')
+    out.print(lines)
+
+
+def _answer(
+    model: str, output: Path, result: RunResult, chosen: list[Choice], resumed: int
+) -> dict[str, Any]:
+    from loftq.integrations.artifact import totals
+
+    return {
+        "model": model,
+        "output": str(output),
+        "choices": [choice.to_dict() for choice in chosen],
+        "config": result.plan.config.to_dict(),
+        "device": result.plan.device,
+        "totals": totals(result),
+        "disk_bytes": result.plan.disk_bytes,
+        "backbone": result.backbone,
+        "resumed_layers": resumed,
+        "seconds": result.timings["total"],
+        "layers": [dict(record) for record in result.records],
+    }

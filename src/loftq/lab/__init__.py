@@ -1,0 +1,1 @@
+"""Experiments and demonstrations, all of them reached by `loftq lab`."""

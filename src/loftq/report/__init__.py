@@ -1,0 +1,14 @@
+"""What a plan costs, what an output holds, and whether this machine can use it."""
+
+from loftq.report.doctor import Check, doctor
+from loftq.report.inspect import InspectReport, inspect_output
+from loftq.report.planned import PlanReport, describe_plan
+
+__all__ = [
+    "Check",
+    "InspectReport",
+    "PlanReport",
+    "describe_plan",
+    "doctor",
+    "inspect_output",
+]

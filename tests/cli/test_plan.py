@@ -1,0 +1,97 @@
+"""`loftq plan` says what there is to know, from headers alone."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import zoo
+
+
+def test_text_says_layers_totals_what_is_kept_and_where_it_serves(
+    loftq: Callable, model: Path
+) -> None:
+    answer = loftq("plan", model, "--rank", 4, "--bits", 3)
+    assert answer.code == 0
+    assert answer.err == ""
+    for words in (
+        "nf3-g64-dq",
+        "down_proj   48 x 75",
+        "model.embed_tokens, 4,848 weights",
+        "output head",
+        "per quantized weight",
+        "on the device when loaded",
+        "of host memory while quantizing",
+        "transformers + PEFT",
+        "its only 4-bit NormalFloat is nf4",
+    ):
+        assert words in answer.out
+
+
+def test_json_has_every_layer_and_the_totals(loftq: Callable, model: Path, tmp_path: Path) -> None:
+    plan = loftq("plan", model, "--rank", 4, "-o", tmp_path / "a/b", "--json").json
+    assert len(plan["layers"]) == 14
+    assert plan["layers"][0]["module"] == "model.layers.0.self_attn.q_proj"
+    assert plan["packed_bytes"] == sum(layer["packed_bytes"] for layer in plan["layers"])
+    assert plan["seconds"] > 0
+    assert plan["free_disk_bytes"] > 0
+    assert {place["engine"] for place in plan["serving"] if place["exact"]} == {
+        "transformers + PEFT"
+    }
+    assert not (tmp_path / "a").exists()
+
+
+def test_reads_headers_only(loftq: Callable, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loftq.checkpoint import Checkpoint
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("read a tensor")
+
+    monkeypatch.setattr(Checkpoint, "read", forbidden)
+    monkeypatch.setattr(Checkpoint, "read_bytes", forbidden)
+    assert loftq("plan", model, "--rank", 4).code == 0
+
+
+def test_a_plan_for_a_gpu_needs_none(loftq: Callable, model: Path) -> None:
+    assert loftq("plan", model, "--rank", 4, "--device", "cuda", "--json").json["device"] == "cuda"
+
+
+def test_little_disk_is_said(
+    loftq: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    answer = loftq("plan", model, "--rank", 4, "-o", tmp_path / "out")
+    assert "10 B free" in answer.out
+    assert "needed. Free some space" in answer.out
+
+
+def test_for_picks_a_format(loftq: Callable, model: Path) -> None:
+    plan = loftq("plan", model, "--rank", 4, "--for", "vllm", "--json").json
+    assert plan["layers"][0]["format"] == "sint4-g64-f16"
+    assert plan["choices"][0]["reason"] == "the one that vllm can hold without loss"
+
+
+def test_the_reasons_distinguish_defaults_from_wishes(loftq: Callable, model: Path) -> None:
+    def reasons(*words: object) -> dict[str, str]:
+        choices = loftq("plan", model, "--json", *words).json["choices"]
+        return {choice["name"]: choice["reason"] for choice in choices}
+
+    default = reasons()
+    assert not any("as asked" in reason for reason in default.values())
+    assert default["alpha"] == "= rank, so that the adapter enters with factor 1"
+    asked = reasons("--bits", 2, "--rank", 8, "--alpha", 4, "--method", "qlora", "--skip", "k_proj",
+                    "--device", "cpu", "scale_fit=mse")  # fmt: skip
+    assert all("as asked" in reason for reason in asked.values())
+
+
+def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -> None:
+    folder = zoo.save(zoo.build("mixtral"), tmp_path / "moe")
+    refused = loftq("plan", folder, "--rank", 4)
+    assert refused.code == 1
+    assert "expert tensors" in refused.err
+    assert "--allow-uncovered" in refused.err
+    allowed = loftq("plan", folder, "--rank", 2, "--allow-uncovered")
+    assert allowed.code == 0
+    assert "expert tensors: cannot be packed yet" in allowed.out

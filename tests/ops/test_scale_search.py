@@ -1,0 +1,81 @@
+"""The Triton scale search against plain PyTorch: interpreted here, compiled where marked gpu."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loftq.formats import parse_format
+from loftq.formats.grids import SEARCH, CodebookGrid
+from loftq.ops.dispatch import search_kernel, why_no_search_kernel
+
+CASES = [(name, columns) for name in ("nf2", "nf3", "nf4", "snf2", "iq4nl") for columns in (16, 37, 64)]
+
+
+def reference(x, spec):
+    """argmin over the ratios in float64, by brute force."""
+    levels = torch.tensor(spec.levels, dtype=torch.float64)
+    low, high = -levels[0], levels[-1]
+    widest = torch.maximum(x.amax(-1) / high, -x.amin(-1) / low)
+    errors = []
+    for ratio in SEARCH[spec.bits]:
+        scale = (widest * ratio)[:, None, None]
+        error = (x.double()[..., None] - levels * scale).square().amin(-1).sum(-1)
+        errors.append(error)
+    return widest, torch.stack(errors)
+
+
+def check(device):
+    from loftq.ops.triton.scale_search import search_scales
+
+    for name, columns in CASES:
+        spec = parse_format(name)
+        x = torch.randn(101, columns, generator=torch.Generator().manual_seed(0))
+        widest, errors = reference(x, spec)
+        found = search_scales(
+            x.to(device),
+            widest.float().to(device),
+            torch.tensor(spec.levels, device=device),
+            torch.tensor(SEARCH[spec.bits], device=device),
+        ).cpu()
+        tried = widest.float()[None] * torch.tensor(SEARCH[spec.bits])[:, None]
+        chosen = (tried - found).abs().argmin(0)
+        assert ((tried - found).abs().amin(0) <= 1e-6 * found).all()
+        error = errors.gather(0, chosen[None])[0]
+        assert (error <= errors.amin(0) * (1 + 1e-5)).all(), name
+
+
+def test_kernel_chooses_the_best_ratio_interpreted():
+    pytest.importorskip("triton", reason="needs triton")
+    code = "import test_scale_search as t; t.check('cpu'); print('same')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip().endswith("same"), done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_kernel_chooses_the_best_ratio_on_the_gpu():
+    check("cuda")
+
+
+@pytest.mark.parametrize("name", ["nf2", "nf4"])
+def test_plain_search_chooses_the_best_ratio(name):
+    spec = parse_format(name)
+    x = torch.randn(101, 64, generator=torch.Generator().manual_seed(0))
+    widest, errors = reference(x, spec)
+    found = CodebookGrid(spec.levels, spec.bits, 64)._search(x, widest.float())
+    tried = widest.float()[None] * torch.tensor(SEARCH[spec.bits])[:, None]
+    error = errors.gather(0, (tried - found).abs().argmin(0)[None])[0]
+    assert (error <= errors.amin(0) * (1 + 1e-2)).all()
+
+
+def test_the_dispatcher_says_why():
+    assert search_kernel(torch.zeros(2, 64)) is None
+    assert "needs a GPU" in why_no_search_kernel(torch.zeros(2, 64))

@@ -1,0 +1,153 @@
+"""The doctor finds what is missing and never breaks on it."""
+
+import contextlib
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loftq.report import Check, doctor
+
+module: Any = sys.modules["loftq.report.doctor"]  # the package's name is the function
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def found(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def requirements(text: str) -> dict[str, str]:
+    """Name -> version range of every quoted requirement."""
+    return dict(re.findall(r'"([\w-]+)((?:[<>=]=?[\d.]+,?)+)"', text))
+
+
+def test_here_everything_that_is_needed_is_found() -> None:
+    checks = doctor()
+    assert [check for check in checks if check.status == "fail"] == []
+    names = found(checks)
+    assert {"python", "torch", "transformers", "peft", "torch build", "disk"} <= names.keys()
+    assert names["torch"].found == metadata.version("torch")
+    assert all(check.advice for check in checks if check.status in ("warn", "fail"))
+
+
+def test_the_ranges_are_those_of_the_package() -> None:
+    text = PROJECT.read_text()
+    needed = requirements(text[text.index("\ndependencies") : text.index("[project.optional")])
+    ours = {
+        name: f">={oldest}" + (f",<{too_new}" if too_new else "")
+        for name, (oldest, too_new) in module.REQUIRED.items()
+    }
+    assert ours == needed
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    text = PROJECT.read_text()
+    for extra, packages in module.EXTRAS.items():
+        line = re.search(rf"^{extra} = (\[.*?\])", text, re.MULTILINE | re.DOTALL)
+        assert line is not None
+        assert tuple(requirements(line[1])) == packages
+
+
+@pytest.mark.parametrize(
+    ("version", "inside"),
+    [
+        ("5.17.0", True),
+        ("5.17", True),
+        ("5.99.1.dev0", True),
+        ("5.16.9", False),
+        ("6.0.0", False),
+        ("unknown", False),
+    ],
+)
+def test_ranges_compare_release_numbers(version: str, inside: bool) -> None:
+    assert module.in_range(version, "5.17", "6") is inside
+
+
+def test_a_local_build_counts_as_its_release() -> None:
+    assert module.in_range("2.11.0+cpu", "2.11", None)
+
+
+def test_missing_and_old_packages_fail_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return "4.57.1" if name == "transformers" else real(name)
+
+    real = metadata.version
+    monkeypatch.setattr(module.metadata, "version", version)
+    names = found(doctor())
+    assert names["peft"].status == "fail"
+    assert names["peft"].advice == "pip install 'peft>=0.21'"
+    assert names["transformers"].found == "4.57.1"
+    assert names["transformers"].advice == "pip install 'transformers>=5.17,<6'"
+
+
+def test_a_torch_that_does_not_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert found(doctor())["torch build"].status == "fail"
+
+
+def test_a_check_that_breaks_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise PermissionError("no entry")
+
+    monkeypatch.setattr(module.shutil, "disk_usage", broken)
+    warned = [check for check in doctor() if "PermissionError: no entry" in check.found]
+    assert [check.status for check in warned] == ["warn"]
+
+
+class FakeTorch(SimpleNamespace):
+    """A torch with one GPU that was never in this machine."""
+
+    def __init__(self, *, native: bool, available: bool = True, cuda: str | None = "13.0") -> None:
+        super().__init__(
+            version=SimpleNamespace(cuda=cuda, hip=None),
+            backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False)),
+            cuda=SimpleNamespace(
+                is_available=lambda: available,
+                device_count=lambda: 1,
+                mem_get_info=lambda index: (10 * 2**30, 16 * 2**30),
+                get_device_name=lambda index: "Tesla T4",
+                device=lambda index: contextlib.nullcontext(),
+                is_bf16_supported=lambda including_emulation: native or including_emulation,
+            ),
+        )
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_is_named_with_its_memory_and_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", FakeTorch(native=native))
+    names = found(doctor())
+    assert names["gpu 0"].found == "Tesla T4, 10.0 GiB of 16.0 GiB free"
+    bfloat16 = names["gpu 0 bfloat16"]
+    assert bfloat16.status == ("ok" if native else "warn")
+    assert ("dtype=torch.float16" in bfloat16.advice) is not native
+
+
+def test_a_cpu_build_beside_a_driver_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", FakeTorch(native=False, available=False, cuda=None))
+    monkeypatch.setattr(module, "_nvidia_driver", lambda: True)
+    build = found(doctor())["torch build"]
+    assert build.status == "warn"
+    assert "CUDA build" in build.advice
+
+
+def test_a_cuda_build_without_a_gpu_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", FakeTorch(native=False, available=False))
+    assert "no GPU answers" in found(doctor())["torch build"].found
+
+
+def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("6000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 1500\n")
+    assert module._container_memory(tmp_path) == 3500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module._container_memory(tmp_path) is None
+    assert module._container_memory(tmp_path / "none") is None
