@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import loftq
-from loftq.eval.perplexity import perplexity, read_text
+from loftq.eval import perplexity, read_text
 
 ROWS = (
     "qlora:nf4:mse:64",

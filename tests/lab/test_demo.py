@@ -53,7 +53,7 @@ def test_the_table_has_every_row_and_column(ran):
         assert math.isfinite(row.perplexity_before)
         assert math.isfinite(row.perplexity_after)
         assert row.sentence.startswith(rows.PROMPT)
-    for heading in ("total MB", "bits a weight", "before tuning", "after 2 steps"):
+    for heading in ("adapter", "bits per", "perplexity", "before", "after 2"):
         assert heading in printed
 
 
@@ -133,5 +133,5 @@ def test_steps_must_be_positive(tmp_path):
 
 def test_perplexities_are_short_and_a_diverged_row_says_so():
     assert [perplexity_text(v) for v in (26.35, 1987.0, 1.9759e9, math.inf, math.nan)] == [
-        "26.4", "1.99e+03", "2e9", "inf", "diverged",
+        "26.4", "1,987", "2e9", "inf", "diverged",
     ]  # fmt: skip

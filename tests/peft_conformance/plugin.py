@@ -53,11 +53,18 @@ def _deberta() -> hf.PreTrainedConfig:
     )  # fmt: skip
 
 
+def _deep_opt() -> hf.PreTrainedConfig:
+    config = ZOO["opt"].config()
+    config.num_hidden_layers = 12  # tests of this model name blocks up to its last
+    return config
+
+
 FAMILIES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "debertav2": ZOO["deberta-v2"].config,
     "deberta": _deberta,
     "roberta": ZOO["roberta"].config,
     "bert": ZOO["bert"].config,
+    "opt-125m": _deep_opt,
     "opt": ZOO["opt"].config,
     "gptj": _gptj,
     "gpt2": ZOO["gpt2"].config,
@@ -152,6 +159,7 @@ class Hub:
         """Let every auto class load the stand-in of a hub id."""
         for auto in _subclasses(_BaseAutoModelClass):
             self._redirect(auto)
+        hf.AutoTokenizer.from_pretrained = _tokenizer  # type: ignore[method-assign]
 
     def _redirect(self, auto: Any) -> None:
         original = auto.from_pretrained.__func__
@@ -188,6 +196,15 @@ class Hub:
                 format=HUB_FORMATS[number % len(HUB_FORMATS)], allow_uncovered=True,
             )  # fmt: skip
         return folder / "packed"
+
+
+def _tokenizer(*_: Any, **__: Any) -> Callable[..., hf.BatchEncoding]:
+    """A tokenizer that knows one sentence."""
+
+    def tokenize(*_: Any, **__: Any) -> hf.BatchEncoding:
+        return hf.BatchEncoding(ZOO["bert-masked"].inputs())
+
+    return tokenize
 
 
 class _Everything(dict):

@@ -21,6 +21,8 @@ def test_the_bytes_of_the_plan_are_those_on_disk(tmp_path: Path) -> None:
     assert report.disk_bytes == sum(path.stat().st_size for path in files)
     assert [entry["module"] for entry in report.layers] == [row.module for row in found.layers]
     assert report.loaded_bytes == found.bytes["model"]
+    assert report.source_at_16_bits == found.bytes["source_at_16_bits"]
+    assert 2 * report.source_at_16_bits == report.source_bytes  # a float32 model
 
 
 def test_layers_are_grouped_by_name_shape_and_format(tmp_path: Path) -> None:

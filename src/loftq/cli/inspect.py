@@ -99,7 +99,7 @@ def _print_totals(out: Console, report: InspectReport) -> None:
         "bytes",
         f"{sizes['model']:,} = {sizes['packed']:,} packed + {sizes['unquantized']:,} unquantized "
         f"+ {sizes['adapter']:,} adapter",
-        f"{sizes['model'] / sizes['source']:.1%} of the source" if sizes["source"] else "",
+        f"{sizes['model'] / sizes['source_at_16_bits']:.1%} of the source at 16 bits",
     )
     lines.add_row("on disk", f"{sizes['disk']:,}", "with headers, tokenizer and records")
     lines.add_row("backbone", str(about["backbone"]))

@@ -116,7 +116,8 @@ def _print_totals(out: Console, report: PlanReport) -> None:
         console.size(report.disk_bytes),
         f"{console.size(report.packed_bytes)} packed + {console.size(report.unquantized_bytes)} "
         f"unquantized + {console.size(report.adapter_bytes)} adapter; the source has "
-        f"{console.size(report.source_bytes)}",
+        f"{console.size(report.source_bytes)}, at 16 bits "
+        f"{console.size(report.source_at_16_bits)}",
     )
     lines.add_row(
         "memory",

@@ -41,7 +41,10 @@ SEARCH = {
 
 # The rule used when nobody chooses: mse where it is not worse than absmax on STS-B for both
 # encoders (docs/benchmarks.md), by grid and width.
-DEFAULT_FIT: dict[tuple[str, int], str] = {("uniform", bits): "sigma" for bits in (2, 3, 4, 8)}
+DEFAULT_FIT: dict[tuple[str, int], str] = {
+    **{("uniform", bits): "sigma" for bits in (2, 3, 4, 8)},
+    **{(grid, 4): "absmax" for grid in ("nf", "snf", "int")},
+}
 
 
 def default_fit(spec: FormatSpec) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from loftq.lab.rows import Bench, Row
 
-STEPS = 16
+STEPS = 12
 TUNING_CONTEXT = 128
 EVALUATION_CONTEXT = 512
 WORK = "loftq-demo"
@@ -206,8 +206,8 @@ def _summary(row: Row) -> str:
     from loftq.lab.show import perplexity_text
 
     before, after = perplexity_text(row.perplexity_before), perplexity_text(row.perplexity_after)
-    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in row.seconds.items())
-    return f"perplexity {before} -> {after} ({spent})"
+    spent = ", ".join(f"{stage} {s:.0f} s" for stage, s in row.seconds.items() if s >= 0.5)
+    return f"perplexity {before} -> {after}" + (f" ({spent})" if spent else "")
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def _quiet_libraries() -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"peft(\..*)?$")
+            warnings.filterwarnings("ignore", module=r"(peft|transformers)(\..*)?$")
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -7,7 +7,9 @@ demo calls it the reference, because the 16-bit original is not in it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -202,10 +204,16 @@ def _convert(gguf: Path, folder: Path) -> None:
         ) from error
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        # Each call parses the whole file, in seconds, unless it is handed the config.
+        config = AutoConfig.from_pretrained(gguf.parent, **source)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, config=config, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, config=config, dtype=torch.float32, **source
+        )
     # save_pretrained refuses a model that came from GGUF, although its weights are plain by now.
     tensors = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
     folder.mkdir()
@@ -218,4 +226,4 @@ def _convert(gguf: Path, folder: Path) -> None:
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

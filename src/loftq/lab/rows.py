@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RANK = 16
 LEARNING_RATE = 2e-3
-EVAL_WINDOWS = 4
+EVAL_WINDOWS = 3
 PROMPT = "When the moon is full,"
 NEW_TOKENS = 24
 
@@ -209,8 +209,10 @@ def _loaded(recipe: Recipe, bench: Bench) -> PeftModel:
 def _perplexity(model: PeftModel, bench: Bench) -> float:
     from loftq.eval.perplexity import perplexity
 
-    found = perplexity(model, bench.evaluation, context=bench.context, windows=EVAL_WINDOWS)
-    return found.perplexity
+    # All windows at once: the packed weights are unpacked for them once.
+    return perplexity(
+        model, bench.evaluation, context=bench.context, windows=EVAL_WINDOWS, batch=EVAL_WINDOWS
+    ).perplexity
 
 
 def _unpack_on_cpu(model: PeftModel) -> None:

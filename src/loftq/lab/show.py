@@ -14,23 +14,32 @@ if TYPE_CHECKING:
 
 def print_result(result: DemoResult, console: Console) -> None:
     """Table, sentences, how to read it, next steps."""
-    console.print()
+
+    def say(lines: list[str]) -> None:
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(["", f"{result.model}: weights {result.weights}"])
     console.print(table(result))
-    for line in (*sentences(result), "", *reading(result), "", *next_steps(result)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for part in (conditions(result), sentences(result), reading(result), next_steps(result)):
+        say([*part, ""])
 
 
 def table(result: DemoResult) -> Table:
-    """The rows, sizes in MB of 10^6 bytes."""
+    """The rows; MB are 10^6 bytes."""
     from rich import box
     from rich.table import Table
 
-    grid = Table(box=box.SIMPLE, title=title(result), title_justify="left", caption=caption(result),
-                 caption_justify="left")  # fmt: skip
+    grid = Table(box=box.SIMPLE)
     grid.add_column("")
-    for heading in ("total MB", "of it adapter", "bits a weight", "perplexity\nbefore tuning",
-                    f"after {result.tuning['steps']} steps"):  # fmt: skip
-        grid.add_column(heading, justify="right")
+    for heading in (
+        "total\nMB",
+        "adapter\nMB",
+        "bits per\nweight",
+        "perplexity\nbefore",
+        f"after {result.tuning['steps']}\nsteps",
+    ):
+        grid.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         grid.add_row(
             row.label,
@@ -43,29 +52,26 @@ def table(result: DemoResult) -> Table:
     return grid
 
 
-def title(result: DemoResult) -> str:
-    """What was compared."""
-    return f"{result.model} (weights {result.weights})"
-
-
-def caption(result: DemoResult) -> str:
+def conditions(result: DemoResult) -> list[str]:
     """Everything that decides the numbers, and that they carry no claim."""
     text, tuning = result.text, result.tuning
-    return (
-        f"Text: {text['name']}.\n"
-        f"Perplexity: {text['evaluation']}, "
-        f"{text['windows']} windows of {text['context']} tokens.\n"
+    return [
+        result.note,
+        f"Text: {text['name']}.",
+        f"Perplexity: {text['evaluation']}, {text['windows']} windows of {text['context']} tokens.",
         f"Tuning: {tuning['steps']} steps of {tuning['tokens_per_step']} tokens, "
-        f"{tuning['optimizer']}, rank {tuning['rank']}, same order and rate for every row.\n"
-        f"{result.note}"
-    )
+        f"{tuning['optimizer']}, rank {tuning['rank']};",
+        "the same tokens in the same order, and the same learning rate, for every row.",
+    ]
 
 
 def perplexity_text(value: float) -> str:
-    """Three figures; powers of ten where a model has lost its way."""
+    """26.4, 1,987, 2e9: a power of ten where a model has lost its way."""
     if math.isnan(value):
         return "diverged"
-    return f"{value:.3g}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    if value < 1e5:
+        return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+    return "inf" if math.isinf(value) else f"{value:.0e}".replace("e+", "e").replace("e0", "e")
 
 
 def sentences(result: DemoResult) -> list[str]:
@@ -75,29 +81,30 @@ def sentences(result: DemoResult) -> list[str]:
     return [f'After tuning, "{result.text["prompt"]}" is continued (greedy) as:', *lines]
 
 
+READING = """\
+How to read it
+  Total is all that is stored: the quantized layers (bits per weight counts their scales), what
+  is not quantized (embedding, norms), and the adapter in float32.
+  The 2-bit rows have adapters of one size; they differ in backbone and start. QLoRA rounds as
+  ours does and starts its adapter at zero. LoftQ as published scales each block by its largest
+  weight and stores the scales in float32.
+  To be seen: what 4 bits cost here, and that at 2 bits the start decides where a few steps end.
+  Not to be seen: how the rows compare after real training, on other text, or on a larger model,
+  which loses less. A few steps do not make a 2-bit model usable.
+"""
+DEQUANTIZED = "  The reference was stored at 4 bits once: it is no 16-bit baseline."
+UNPACKED = """\
+  On this CPU the packed weights were unpacked in memory after the first measurement, for speed
+  alone: the values are the same."""
+
+
 def reading(result: DemoResult) -> list[str]:
     """What a reader may conclude, and what not."""
-    lines = [
-        "How to read it",
-        "  Sizes are of everything stored: packed layers, what stays 16-bit, and the adapter "
-        "(float32).",
-        "  The 2-bit rows show that the start decides how far a few steps get. QLoRA has the same "
-        "rounding as ours",
-        "  and an adapter that starts at zero; LoftQ as published scales each block by its largest "
-        "weight, stored as float32.",
-        "  Not shown: how the rows compare after real training, on another text or on a larger "
-        "model, which loses less.",
-        "  A few steps do not make a 2-bit model usable.",
-    ]
+    lines = READING.splitlines()
     if result.weights != "as given":
-        lines.append(
-            "  The reference itself was stored at 4 bits once, so it is no 16-bit baseline."
-        )
+        lines.append(DEQUANTIZED)
     if result.device == "cpu":
-        lines.append(
-            "  On this CPU the packed weights were unpacked in memory after the first measurement, "
-            "for speed alone."
-        )
+        lines += UNPACKED.splitlines()
     return lines
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class InspectReport:
     model: dict[str, Any] = field(default_factory=dict)
     """Source, method, rank, alpha, backbone hash, versions."""
     bytes: dict[str, int] = field(default_factory=dict)
-    """packed, unquantized, adapter, model (the three together), source, disk (all files)."""
+    """packed, unquantized, adapter, model (the three together), source, source_at_16_bits, disk
+    (all files)."""
     bits_per_weight: float = 0.0
     mean_plain_error: float = 0.0
     mean_error: float = 0.0
@@ -142,6 +144,9 @@ def _describe(files: OutputFiles, report: InspectReport) -> None:
     report.layers = tuple(_row(files, layer) for layer in files.layers)
     packed = sum(row.packed_bytes for row in report.layers)
     stored = sum(entry.nbytes for entry in files.backbone.tensors.values())
+    weights = sum(layer.weights for layer in files.layers)
+    names = {name for layer in files.layers for name in layer.packed()}
+    rest = sum(prod(e.shape) for name, e in files.backbone.tensors.items() if name not in names)
     adapter = sum(entry.nbytes for entry in files.adapter.tensors.values())
     report.bytes = {
         "packed": packed,
@@ -149,10 +154,11 @@ def _describe(files: OutputFiles, report: InspectReport) -> None:
         "adapter": adapter,
         "model": stored + adapter,
         "source": record["totals"].get("source_bytes", 0),
+        "source_at_16_bits": 2 * (weights + rest),
         "disk": sum(p.stat().st_size for p in files.folder.rglob("*") if p.is_file()),
     }
     count = max(1, len(files.layers))
-    report.bits_per_weight = 8 * packed / max(1, sum(layer.weights for layer in files.layers))
+    report.bits_per_weight = 8 * packed / max(1, weights)
     report.mean_plain_error = sum(row.plain_error for row in report.layers) / count
     report.mean_error = sum(row.error for row in report.layers) / count
 

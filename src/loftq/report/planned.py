@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from loftq.pipeline.accounting import packed_bytes
@@ -63,6 +64,8 @@ class PlanReport:
     unquantized_bytes: int
     adapter_bytes: int
     source_bytes: int
+    source_at_16_bits: int
+    """The same parameters at 2 bytes each, whatever the source stores."""
     disk_bytes: int
     """Weight files of the output, headers included."""
     loaded_bytes: int
@@ -98,6 +101,7 @@ def describe_plan(plan: Plan) -> PlanReport:
         unquantized_bytes=plan.copied_bytes,
         adapter_bytes=plan.adapter_bytes,
         source_bytes=plan.source_bytes,
+        source_at_16_bits=2 * (plan.weights + sum(prod(spec.shape) for spec in plan.copied)),
         disk_bytes=plan.disk_bytes,
         loaded_bytes=plan.packed_bytes + plan.copied_bytes + plan.adapter_bytes,
         solve_bytes=plan.working_bytes,
