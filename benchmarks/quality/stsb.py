@@ -26,9 +26,8 @@ FORMATS = ("nf4", "nf3", "nf2", "snf4", "snf3", "snf2", "int4", "int3", "int2", 
 
 def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
     """Sentence pairs and labels of a GLUE STS-B file (jsonl, gzip or not)."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        rows = [json.loads(line) for line in file]
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in raw.decode().splitlines()]
     return [(r["sentence1"], r["sentence2"]) for r in rows], [r["label"] for r in rows]
 
 

@@ -84,13 +84,18 @@ def quantize(
     if on_plan is not None:
         on_plan(planned)
     name = str(model)
-    return run(
+    result = run(
         planned,
         source,
         target,
         extra_files=lambda result: artifact.extra_files(result, folder, name, str(output)),
         on_batch=on_batch,
     )
+    kept = {shard.filename for shard in planned.shards}
+    for stale in target.glob("loftq-?????-of-?????.safetensors"):
+        if stale.name not in kept:  # of the output that was overwritten
+            stale.unlink()
+    return result
 
 
 def quantize_model(

@@ -3,7 +3,6 @@ import torch
 
 from loftq.formats import decode_scales, encode_scales, round_trip_scales
 
-
 UNIT = torch.tensor([0.0, 1.0]).view(torch.uint8)  # nested constants: no offset, absmax 1
 
 

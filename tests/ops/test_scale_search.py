@@ -12,7 +12,8 @@ from loftq.formats import parse_format
 from loftq.formats.grids import SEARCH, CodebookGrid
 from loftq.ops.dispatch import search_kernel, why_no_search_kernel
 
-CASES = [(name, columns) for name in ("nf2", "nf3", "nf4", "snf2", "iq4nl") for columns in (16, 37, 64)]
+NAMES = ("nf2", "nf3", "nf4", "snf2", "iq4nl")
+CASES = [(name, columns) for name in NAMES for columns in (16, 37, 64)]
 
 
 def reference(x, spec):

@@ -86,12 +86,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Stand in for what PEFT's test files import but LoRA tests do not need, and for the hub."""
     torch.set_num_threads(1)
-    for name, members in (("diffusers", ["StableDiffusionPipeline"]), ("datasets", ["load_dataset"])):
+    for name, members in (
+        ("diffusers", ["StableDiffusionPipeline"]),
+        ("datasets", ["load_dataset"]),
+    ):
         if importlib.util.find_spec(name) is None:
             stand_in = ModuleType(name)
             stand_in.__spec__ = importlib.util.spec_from_loader(name, loader=None)
-            for member in members:
-                setattr(stand_in, member, type(member, (), {}))
+            setattr(stand_in, member, type(member, (), {}))
             sys.modules[name] = stand_in
     config.stash[_HUB] = hub = Hub()
     hub.install()
@@ -110,7 +112,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         listed = {line for line in lines if line and not line.startswith("#")}
         if missing := listed - {item.nodeid for item in items}:
-            raise pytest.UsageError(f"{len(missing)} listed tests do not exist: {sorted(missing)[:3]}")
+            raise pytest.UsageError(
+                f"{len(missing)} listed tests do not exist: {sorted(missing)[:3]}"
+            )
         kept = [item for item in items if item.nodeid in listed]
     else:
         kept = [item for item in items if _concerns_lora(item)]
@@ -176,7 +180,9 @@ class Hub:
         options = {k: kwargs.pop(k) for k in ("num_labels", "tie_word_embeddings") if k in kwargs}
         key = f"{auto.__name__}-{name.replace('/', '-')}-{options}"
         if key not in self._made:
-            self._made[key] = self._quantize(auto, name, options, self.folder / str(len(self._made)))
+            self._made[key] = self._quantize(
+                auto, name, options, self.folder / str(len(self._made))
+            )
         return self._made[key]
 
     def _quantize(self, auto: Any, name: str, options: dict[str, Any], folder: Path) -> Path:

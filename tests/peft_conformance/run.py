@@ -1,4 +1,4 @@
-"""Run the listed tests of PEFT on models packed by loftq: `python run.py PEFT_CHECKOUT [pytest ...]`.
+"""Run the listed tests of PEFT on models packed by loftq: `run.py PEFT_CHECKOUT [pytest options]`.
 
 Exit code 0 only if every test in ids.txt passed. Needs pytest beside loftq's own dependencies.
 """
@@ -31,7 +31,9 @@ def main() -> int:
     check_files(arguments.checkout, lines)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [*pytest_command(report), *([] if arguments.survey else ["--loftq-ids", str(IDS)])]
+        command = pytest_command(report)
+        if not arguments.survey:
+            command.append(f"--loftq-ids={IDS}")
         files = sorted({line.split("::")[0] for line in ids})
         code = subprocess.call([*command, *more, *files], cwd=arguments.checkout, env=environment())
         if arguments.survey:
@@ -48,20 +50,21 @@ def check_files(checkout: Path, lines: list[str]) -> None:
             digest, name = line.split()[2:]
             path = checkout / name
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                raise SystemExit(f"{path}: not the file of the pinned commit ({lines[0].lstrip('# ')})")
+                raise SystemExit(
+                    f"{path}: not the file of the pinned commit ({lines[0].lstrip('# ')})"
+                )
 
 
 def pytest_command(report: Path) -> list[str]:
     """pytest without PEFT's own options: coverage, and errors for warnings of its callers."""
-    plain = ["-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    plain = ["-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider", "--rootdir=."]
     return [sys.executable, "-m", "pytest", "-q", "-p", "plugin", *plain, f"--junitxml={report}"]
 
 
 def environment() -> dict[str, str]:
     """No hub, one thread, our plugin and the tiny models importable."""
-    path = os.pathsep.join(
-        [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
-    )
+    ours = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src")]
+    path = os.pathsep.join([*ours, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

@@ -18,9 +18,7 @@ def quantize(target):
 
 
 def run(W, iterations, **options):
-    return alternate(
-        W, quantize=quantize, solver=ExactSolver(8), iterations=iterations, **options
-    )
+    return alternate(W, quantize=quantize, solver=ExactSolver(8), iterations=iterations, **options)
 
 
 def test_one_step_is_qloras_rounding_plus_one_svd():

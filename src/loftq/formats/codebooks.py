@@ -8,6 +8,7 @@ that of bitsandbytes to the last bit.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 
 NF_OFFSET = 0.9677083  # probability of the outermost level, as in both papers' code
@@ -59,7 +60,7 @@ def symmetric_normal_float(bits: int) -> tuple[float, ...]:
     """Levels symmetric about zero, without a zero: midpoints of 2^bits + 1 normal quantiles."""
     quantile = NormalDist().inv_cdf
     edges = [quantile(p) for p in _even(1 - NF_OFFSET, NF_OFFSET, 2**bits + 1)]
-    levels = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    levels = [(a + b) / 2 for a, b in pairwise(edges)]
     return tuple(level / levels[-1] for level in levels)
 
 

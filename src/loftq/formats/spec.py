@@ -37,7 +37,7 @@ class FormatSpec:
     """What the bytes of one quantized weight mean. `str(spec)` and `parse_format` are inverse."""
 
     grid: str
-    """Where the levels lie: nf, snf (symmetric nf), iq4nl, int (asymmetric), sint, even, uniform."""
+    """Where the levels lie: nf, snf (symmetric), iq4nl, int (asymmetric), sint, even, uniform."""
     bits: int
     """Bits of a code: 2, 3, 4 or 8."""
     group_size: int = DEFAULT_GROUP
@@ -64,7 +64,8 @@ class FormatSpec:
             )
         if self.scale_coding not in SCALE_BYTES:
             raise ValueError(
-                f"scale coding {self.scale_coding!r} does not exist; choose {', '.join(SCALE_BYTES)}."
+                f"scale coding {self.scale_coding!r} does not exist; "
+                f"choose {', '.join(SCALE_BYTES)}."
             )
 
     def __str__(self) -> str:

@@ -65,7 +65,8 @@ def greedy_adapter(
         raise ValueError(f"{missing[0]}: {folder} has no such layer; is it the model's source?")
     kept = {}
     for path, layer in layers.items():
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[index]
+        A = layer.get_parameter(f"lora_A.{adapter}.weight")
+        B = layer.get_parameter(f"lora_B.{adapter}.weight")
         before = A.detach().clone(), B.detach().clone()
         W = oriented(checkpoint.read(infos[path].tensor).to(A.device).float(), infos[path])
         packed = layer.base_layer

@@ -82,7 +82,7 @@ def quantize_model(
                 hashes[f"{layer.stem}.{part}"] = digest
         if on_batch:
             on_batch(batch, [record.to_dict() for record in solution.records], False)
-    attach(model, _config(plan, layout, backbone_hash(hashes)))  # type: ignore[arg-type]
+    attach(model, _config(plan, layout, backbone_hash(hashes)))
     return _with_adapter(model, plan, factors)
 
 
@@ -101,7 +101,7 @@ def _with_adapter(model: nn.Module, plan: Plan, factors: dict[str, Tensor]) -> P
     values = artifact.adapter_config(plan, getattr(model, "name_or_path", "") or "")
     for key in ("peft_type", "inference_mode"):
         values.pop(key)
-    wrapped = get_peft_model(model, LoraConfig(**values))  # type: ignore[arg-type]
+    wrapped = get_peft_model(model, LoraConfig(**values))
     outcome = set_peft_model_state_dict(wrapped, factors)
     if outcome.unexpected_keys:
         raise RuntimeError(f"PEFT has no place for {outcome.unexpected_keys[:3]}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class Method:
         """Whether Q is not simply round(W), so that it is worse without its adapter."""
         return self.iterations > 1 or (self.iterations == 1 and self.order == "correct-first")
 
-    def with_options(self, **options: object) -> Method:
+    def with_options(self, **options: Any) -> Method:
         """A copy with other choices, e.g. iterations=1; None leaves a choice as it is."""
         return replace(self, **{k: v for k, v in options.items() if v is not None})
 

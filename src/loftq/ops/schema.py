@@ -7,6 +7,7 @@ forward and backward: nothing can hoist a dequantized weight into the saved acti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,19 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
-      default_zero, dtype):  # fmt: skip
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+    dtype: torch.dtype,
+) -> Tensor:
     return packed.new_empty((packed.shape[0], in_features), dtype=dtype)
 
 
@@ -81,7 +93,18 @@ def quant_linear(
 
 
 @quant_linear.register_fake
-def _(x, packed, scale, zero, nested, bits, group_size, scale_coding, levels, default_zero):
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -108,18 +131,29 @@ def quant_linear_backward(
 
 
 @quant_linear_backward.register_fake
-def _(grad, packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
-      default_zero):  # fmt: skip
+def _(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scale, zero, nested, *layout = inputs
     ctx.save_for_backward(packed, scale, zero, nested)
     ctx.in_features, ctx.layout = x.shape[-1], layout
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = quant_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *ctx.layout)
     return grad_x, *[None] * 9
 

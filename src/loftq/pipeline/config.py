@@ -59,15 +59,13 @@ class QuantizeConfig:
     """Of everything random; each weight derives its own from it and its name."""
     allow_uncovered: bool = False
     """Accept a model of which over a fifth of the linear weights would stay 16-bit."""
-    strict: bool = False
-    """Raise where a fallback would otherwise be taken and recorded."""
     engine: str | None = None
     """Serve with transformers, vllm or llama.cpp: picks a format that it can hold."""
 
     def __post_init__(self) -> None:
-        problems = [p for p in (self._check(), self._check_names()) if p]
-        if problems:
-            raise ValueError(" ".join(problems))
+        problem = self._check() or self._check_names()
+        if problem:
+            raise ValueError(problem)
 
     def _check(self) -> str:
         if self.rank < 1:

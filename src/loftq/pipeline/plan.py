@@ -33,6 +33,7 @@ TRAINED_HEADS = {
 """Heads that PEFT trains and stores with an adapter of a task."""
 ADAPTER_FILE = "init_adapter/adapter_model.safetensors"
 MAX_UNCOVERED = 0.2
+SHOWN = 20  # problems that a message lists
 CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 28
 """Most weights solved at once: bounds working memory, and fills a large GPU."""
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
@@ -188,7 +189,8 @@ def make_plan(
     specs = _formats(config, layout)
     problems = _problems(config, layout, source)
     if problems:
-        raise PlanError("\n".join(problems))
+        more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
+        raise PlanError("\n".join([*problems[:SHOWN], *more]))
     layers = tuple(
         PlannedLayer(
             info=info,

@@ -62,8 +62,8 @@ def run(
         on_batch: progress.
 
     Raises:
-        ValueError: a weight holds NaN or infinity (the tensor is named); nothing is lost, the run
-            continues from there once the source or `skip` is changed.
+        ValueError: a weight holds NaN or infinity; the tensor is named. Once the source is repaired
+            in place the run continues; other settings need another output folder.
         CheckpointError: output in use, full disk, or a resume with other settings.
     """
     start = time.perf_counter()
@@ -189,9 +189,7 @@ def _result(
 ) -> RunResult:
     records = writer.records()
     by_name = {
-        record["name"]: record
-        for batch in plan.batches
-        for record in records[batch.name]["layers"]
+        record["name"]: record for batch in plan.batches for record in records[batch.name]["layers"]
     }
     hashes = writer.hashes()
     packed = {spec.name: hashes[spec.name] for layer in plan.layers for spec in layer.packed()}
@@ -205,8 +203,6 @@ def _result(
     )
 
 
-def _timed(
-    work: Callable[..., LayerSolution], *args: object
-) -> tuple[LayerSolution, float]:
+def _timed(work: Callable[..., LayerSolution], *args: object) -> tuple[LayerSolution, float]:
     start = time.perf_counter()
     return work(*args), time.perf_counter() - start

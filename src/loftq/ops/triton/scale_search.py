@@ -18,9 +18,10 @@ BLOCK_WEIGHTS = 4096
 
 
 @triton.jit
-def _search(
+def _search(  # type: ignore[no-untyped-def]  # arguments are Triton's
     x_ptr, widest_ptr, best_ptr, levels_ptr, ratios_ptr, rows, columns,
-    LEVELS: tl.constexpr, RATIOS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    LEVELS: tl.constexpr, RATIOS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
