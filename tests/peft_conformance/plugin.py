@@ -86,10 +86,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Stand in for what PEFT's test files import but LoRA tests do not need, and for the hub."""
     torch.set_num_threads(1)
-    for name, members in (
-        ("diffusers", ["StableDiffusionPipeline"]),
-        ("datasets", ["load_dataset"]),
-    ):
+    for name, member in (("diffusers", "StableDiffusionPipeline"), ("datasets", "load_dataset")):
         if importlib.util.find_spec(name) is None:
             stand_in = ModuleType(name)
             stand_in.__spec__ = importlib.util.spec_from_loader(name, loader=None)
