@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from zoo import build, save
 
 import loftq
+from zoo import build, save
 
 OPTIONS = {"bits": 2, "rank": 4, "device": "cpu"}
 
