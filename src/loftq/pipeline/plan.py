@@ -37,7 +37,7 @@ SHOWN = 20  # problems that a message lists
 CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 28
 """Most weights solved at once: bounds working memory, and fills a large GPU."""
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
-NANOSECONDS = {"cpu": 60.0, "cuda": 0.25}
+NANOSECONDS = {"cpu": 115.0, "cuda": 0.37}
 """Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
 
 

@@ -81,7 +81,7 @@ def run(
             if REST not in known:
                 pending = pool.submit(_copy_rest, plan, source, writer)
             for batch, weights in loaded_batches(todo, source, torch.device(plan.device)):
-                solution, spent = _timed(_solve, plan, batch, weights)
+                solution, spent = _solve(plan, batch, weights)
                 seconds[batch.name] = spent
                 if pending is not None:
                     pending.result()
@@ -124,11 +124,13 @@ def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
         return plan.config.resolved_method().solve(problem)
 
 
-def _solve(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
+def _solve(plan: Plan, batch: Batch, weights: Tensor) -> tuple[LayerSolution, float]:
+    """The solution and its seconds, with the device's queue run dry."""
+    start = time.perf_counter()
     solution = solve_batch(plan, batch, weights)
     if weights.is_cuda:
         torch.cuda.synchronize(weights.device)
-    return solution
+    return solution, time.perf_counter() - start
 
 
 def loaded_batches(
@@ -201,8 +203,3 @@ def _result(
         backbone=backbone_hash(packed),
         timings=timings,
     )
-
-
-def _timed(work: Callable[..., LayerSolution], *args: object) -> tuple[LayerSolution, float]:
-    start = time.perf_counter()
-    return work(*args), time.perf_counter() - start
