@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loftq as library
-from loftq.pipeline import run as engine
+from loftq.pipeline import stream as engine
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 NANS = torch.full((2,), torch.nan).numpy().tobytes()
@@ -102,7 +102,7 @@ def test_flags_pairs_and_file_reach_the_record(
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     """Press Ctrl-C when `after` batches are solved."""
-    solved, real = [], engine._solve
+    solved, real = [], engine.solve_batch
 
     def solve(*args: Any) -> Any:
         if len(solved) == after:
@@ -110,7 +110,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
         solved.append(1)
         return real(*args)
 
-    monkeypatch.setattr(engine, "_solve", solve)
+    monkeypatch.setattr(engine, "solve_batch", solve)
 
 
 def test_an_interrupted_run_says_so_and_the_same_command_resumes(

@@ -208,16 +208,20 @@ class _Lookup:
     """Nearest level by one look-up in BINS equal bins, instead of a binary search."""
 
     def __init__(self, levels: tuple[float, ...], device: torch.device) -> None:
-        self.levels = torch.tensor(levels, dtype=torch.float32, device=device)
-        bounds = (self.levels[1:] + self.levels[:-1]) / 2
+        # Made on the host: a copy is finished when it returns, a kernel of one stream is not, and
+        # the table is shared by the threads and streams of a device.
+        table = torch.tensor(levels, dtype=torch.float32)
+        bounds = (table[1:] + table[:-1]) / 2
         self.low, self.per_unit = levels[0], BINS / (levels[-1] - levels[0])
-        edges = torch.linspace(levels[0], levels[-1], BINS + 1, device=device)
-        self.values = self.levels[torch.bucketize((edges[1:] + edges[:-1]) / 2, bounds)]
+        edges = torch.linspace(levels[0], levels[-1], BINS + 1)
+        values = table[torch.bucketize((edges[1:] + edges[:-1]) / 2, bounds)]
         # A bin holds at most one decision bound: the code left of it, and where it lies. The
         # margin keeps a value that rounding put into the neighbouring bin on the right side.
         margin = 1e-3 / self.per_unit
-        self.codes = torch.bucketize(edges[:-1] - margin, bounds, out_int32=True)
-        self.bounds = torch.cat([bounds, bounds.new_tensor([torch.inf])])[self.codes]
+        codes = torch.bucketize(edges[:-1] - margin, bounds, out_int32=True)
+        upper = torch.cat([bounds, bounds.new_tensor([torch.inf])])[codes]
+        self.levels, self.values = table.to(device), values.to(device)
+        self.codes, self.bounds = codes.to(device), upper.to(device)
 
     def _bins(self, u: Tensor, ratio: float) -> Tensor:
         scaled = torch.add(u.new_tensor(-self.low * self.per_unit), u, alpha=self.per_unit / ratio)

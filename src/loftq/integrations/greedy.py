@@ -21,7 +21,7 @@ from loftq.integrations.conv1d import QuantConv1D
 from loftq.integrations.discover import describe_folder, resolve_source
 from loftq.lowrank import best_correction
 from loftq.nn import PackedLayer, QuantLinear
-from loftq.pipeline.run import oriented
+from loftq.pipeline.stream import oriented
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,7 +19,8 @@ from loftq.nn import pack_layer
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import ADAPTER_PREFIX, Plan, make_plan
-from loftq.pipeline.run import OnBatch, adapter_pair, loaded_batches, solve_batch
+from loftq.pipeline.run import OnBatch, adapter_pair
+from loftq.pipeline.stream import solved_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,8 +70,8 @@ def quantize_model(
     plan = make_plan(config, layout, source, device=where)
     factors = {ADAPTER_PREFIX + spec.name: source.read(spec.name).float() for spec in plan.heads}
     hashes: dict[str, str] = {}
-    for batch, weights in loaded_batches(plan.batches, source, torch.device(where)):
-        solution = solve_batch(plan, batch, weights)
+    for done in solved_batches(plan, plan.batches, source):
+        batch, solution = done.batch, done.solution
         for i, layer in enumerate(batch.layers):
             home = source.read(layer.info.tensor).device
             packed = pack_layer(model, layer.info.module, solution.quantized[i], builders=BUILDERS)

@@ -11,8 +11,6 @@ power iteration needs 1/gap of (Musco & Musco, arXiv:1504.05477; Zhou et al. 200
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ OVERSAMPLE = 64  # columns beyond the rank: they set the filter's lower edge
 DEGREE = 3  # of the polynomial of one round, where the spectrum allows it
 COLD_ROUNDS = 2
 GROWTH = 1e10  # bound on what a round amplifies the largest direction by, in float32
-TF32_GROWTH = 1e4  # the same in TF32: products of a steeper spectrum stay in float32
+FAST_GROWTH = 1e4  # the same with fast products: those of a steeper spectrum stay in float32
 
 
 class ChebyshevSolver:
@@ -41,16 +39,15 @@ class ChebyshevSolver:
         return self._solve(E)
 
     def _solve(self, E: Tensor) -> LowRank:
-        rounds = 1
+        rounds, products = 1, GramProducts(E)
         if self.block is None or self.block.shape[:-1] != (len(E), E.shape[-1]):
             columns = min(self.rank + OVERSAMPLE, E.shape[-1])
             start = torch.randn(E.shape[-1], columns, generator=self.generator).to(E)
-            with _fast_matmul(E, True):
-                start = orthonormalize(_gram_product(E, start.expand(len(E), -1, -1)))
+            start = orthonormalize(products.fast(start.expand(len(E), -1, -1)))
             self.block, _ = rayleigh_ritz(E, start)
             rounds = COLD_ROUNDS
         for _ in range(rounds):
-            filtered = orthonormalize(chebyshev_filter(E, self.block))
+            filtered = orthonormalize(chebyshev_filter(products, self.block))
             self.block, projected = rayleigh_ritz(E, filtered)
         top = slice(self.block.shape[-1] - self.rank, None)
         return balanced(projected[..., top], self.block[..., top])
@@ -63,7 +60,41 @@ def rayleigh_ritz(E: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return V @ rotation, projected @ rotation
 
 
-def chebyshev_filter(E: Tensor, V: Tensor) -> Tensor:
+class GramProducts:
+    """V -> E^T E V for a stack of residuals E, exactly (float32) or fast.
+
+    On a GPU `fast` rounds the operands to float16, scaled to at most 1, and sums in float32: the 11
+    significant bits of TF32 at twice the speed and half the traffic, and without a setting that the
+    whole process shares. Elsewhere it is the exact product.
+    """
+
+    def __init__(self, E: Tensor) -> None:
+        self.E = E
+        self._half = self._size = None
+        if E.is_cuda and torch.version.hip is None:
+            self._half, self._size = _halved(E, (-2, -1))
+
+    def exact(self, V: Tensor) -> Tensor:
+        """E^T (E V), (n, in_features, k) float32."""
+        return self.E.mT @ (self.E @ V)
+
+    def fast(self, V: Tensor) -> Tensor:
+        """The same to about three digits."""
+        if self._half is None or self._size is None:
+            return self.exact(V)
+        half, size = _halved(V, -2)
+        half, grown = _halved(torch.bmm(self._half, half, out_dtype=torch.float32), -2)
+        product = torch.bmm(self._half.mT, half, out_dtype=torch.float32)
+        return product.mul_(size * grown * self._size.square())
+
+
+def _halved(X: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """X over its largest magnitude along `dim` in float16, and that magnitude."""
+    size = X.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (X / size).half(), size
+
+
+def chebyshev_filter(products: GramProducts, V: Tensor) -> Tensor:
     """T_d((2/b) E^T E - I) V, b the lowest Ritz value of V, per matrix.
 
     V's columns are Ritz vectors, of this E or of the one before it, so v^T E^T E v are their Ritz
@@ -74,8 +105,7 @@ def chebyshev_filter(E: Tensor, V: Tensor) -> Tensor:
     direction could lie there.
     """
     tiny = torch.finfo(torch.float32).tiny
-    with _fast_matmul(E, True):
-        product = _gram_product(E, V)
+    product = products.fast(V)
     ritz = (V * product).sum(-2)
     top = ritz.amax(-1)
     # Below float32's reach of the largest, a Ritz value is rounding, and may be negative.
@@ -84,12 +114,12 @@ def chebyshev_filter(E: Tensor, V: Tensor) -> Tensor:
     degree = next(d for d in range(DEGREE, 0, -1) if d == 1 or steepness <= _steepest(d, GROWTH))
     half = (low / 2)[..., None, None]
     before, now = V, product / half - V
-    with _fast_matmul(E, steepness <= _steepest(degree, TF32_GROWTH)):
-        for _ in range(degree - 1):
-            after = 2 * (_gram_product(E, now) / half - now) - before
-            # Any scale per column will do, as long as both terms of the recurrence share it.
-            size = after.abs().amax(-2, keepdim=True).clamp_min(tiny)
-            before, now = now / size, after / size
+    times = products.fast if steepness <= _steepest(degree, FAST_GROWTH) else products.exact
+    for _ in range(degree - 1):
+        after = 2 * (times(now) / half - now) - before
+        # Any scale per column will do, as long as both terms of the recurrence share it.
+        size = after.abs().amax(-2, keepdim=True).clamp_min(tiny)
+        before, now = now / size, after / size
     return now
 
 
@@ -122,21 +152,3 @@ def small_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
     host = ((G + G.mT) / 2).cpu()
     values, vectors = torch.linalg.eigh(host if G.is_cuda else host.double())
     return values.to(G), vectors.to(G)
-
-
-def _gram_product(E: Tensor, V: Tensor) -> Tensor:
-    return E.mT @ (E @ V)
-
-
-@contextmanager
-def _fast_matmul(E: Tensor, allowed: bool) -> Iterator[None]:
-    """TF32 products on CUDA where `allowed`; the choice is undone on leaving."""
-    if E.device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -171,12 +171,14 @@ def relative_error(W: Tensor, Q: Tensor, B: Tensor, A: Tensor, scaling: float) -
 
     This is the number in a record; `loftq inspect --check` computes it again from the files.
     """
-    difference = norm = 0.0
-    for rows in torch.arange(len(W)).split(max(1, (1 << 22) // W.shape[1])):
-        at = slice(int(rows[0]), int(rows[-1]) + 1)
+    total = torch.zeros(2, dtype=torch.float64, device=W.device)  # of the difference, of W
+    step = max(1, (1 << 22) // W.shape[1])
+    for start in range(0, len(W), step):
+        at = slice(start, start + step)
         left = W[at].double()
-        norm += left.square().sum().item()
-        difference += (left - Q[at] - scaling * (B[at] @ A)).square().sum().item()
+        total[1] += left.square().sum()
+        total[0] += (left - Q[at] - scaling * (B[at] @ A)).square().sum()
+    difference, norm = total.tolist()
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)
 
 

@@ -34,8 +34,9 @@ TRAINED_HEADS = {
 ADAPTER_FILE = "init_adapter/adapter_model.safetensors"
 MAX_UNCOVERED = 0.2
 SHOWN = 20  # problems that a message lists
-CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 28
-"""Most weights solved at once: bounds working memory, and fills a large GPU."""
+CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 27
+"""Most weights in a batch: bounds working memory, and fills a large GPU."""
+SOLVED_AT_ONCE = 3  # batches, on a GPU: one reads, one waits for the host, one computes
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
 NANOSECONDS = {"cpu": 115.0, "cuda": 0.37}
 """Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
@@ -168,9 +169,10 @@ class Plan:
 
     @property
     def working_bytes(self) -> int:
-        """Memory of the largest batch while it is solved, on the device that solves it."""
-        largest = max(sum(layer.weights for layer in batch.layers) for batch in self.batches)
-        return WORKING_BYTES * largest
+        """Memory of the largest batches while they are solved, on the device that solves them."""
+        sizes = sorted(sum(layer.weights for layer in batch.layers) for batch in self.batches)
+        at_once = SOLVED_AT_ONCE if self.device.startswith("cuda") else 1
+        return WORKING_BYTES * sum(sizes[-at_once:])
 
 
 def make_plan(
@@ -315,13 +317,13 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int) -> tuple[Batch, ...]:
 
 
 def _batch_limit(device: str) -> int:
-    """Weights per batch: half of a small GPU's memory, at most GPU_BATCH."""
+    """Weights per batch: all that are in flight fill half of a small GPU, at most GPU_BATCH."""
     if not device.startswith("cuda"):
         return CPU_BATCH
     if not torch.cuda.is_available():
         return GPU_BATCH  # a plan for another machine
     memory = torch.cuda.get_device_properties(device).total_memory
-    return min(GPU_BATCH, memory // (2 * WORKING_BYTES))
+    return min(GPU_BATCH, memory // (2 * SOLVED_AT_ONCE * WORKING_BYTES))
 
 
 def _plain(value: object) -> object:

@@ -1,26 +1,24 @@
 """Carry out a plan: stream batches of weights in, solve them, stream packed tensors out.
 
-Reading the next batch, solving this one and writing the last one overlap on a GPU; on a CPU they
-share the same cores, so only writing is in the background. Anonymous memory is bounded by the
-batches in flight, never by the model: the source is memory-mapped.
+What is solved (pipeline/stream.py) is written by a thread of its own while the next batches are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
-from loftq.methods import LayerProblem, LayerSolution
+from loftq.methods import LayerSolution
 from loftq.pipeline.layout import LayerInfo
-from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, Source, adapter_names
+from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, adapter_names
+from loftq.pipeline.stream import solved_batches, union_seconds
 
 JOURNAL = ".loftq-journal.jsonl"
 REST = "rest"  # the batch that holds every tensor copied as it is
@@ -41,7 +39,8 @@ class RunResult:
     backbone: str
     """sha256 over the packed tensors: the lineage that adapters refer to."""
     timings: Mapping[str, Any]
-    """Seconds by part; the only thing of a run that may differ between repeats."""
+    """Seconds: total, solve (any batch being solved), batches (each, some at the same time). The
+    only thing of a run that may differ between repeats."""
 
 
 def run(
@@ -67,7 +66,7 @@ def run(
         CheckpointError: output in use, full disk, or a resume with other settings.
     """
     start = time.perf_counter()
-    seconds: dict[str, float] = {}
+    spans: dict[str, tuple[float, float]] = {}
     with CheckpointWriter(
         output, plan.shards, output / JOURNAL, plan.fingerprint, describe=plan.describe()
     ) as writer:
@@ -80,24 +79,18 @@ def run(
             pending: Future[float] | None = None
             if REST not in known:
                 pending = pool.submit(_copy_rest, plan, source, writer)
-            for batch, weights in loaded_batches(todo, source, torch.device(plan.device)):
-                solution, spent = _solve(plan, batch, weights)
-                seconds[batch.name] = spent
+            for done in solved_batches(plan, todo, source):
+                spans[done.batch.name] = done.begin, done.end
                 if pending is not None:
                     pending.result()
-                pending = pool.submit(_write, plan, batch, solution, writer)
+                pending = pool.submit(_write, plan, done.batch, done.solution, writer)
                 if on_batch:
-                    on_batch(batch, [record.to_dict() for record in solution.records], False)
+                    on_batch(done.batch, [r.to_dict() for r in done.solution.records], False)
             if pending is not None:
                 pending.result()
-        result = _result(plan, writer, seconds, time.perf_counter() - start)
+        result = _result(plan, writer, spans, time.perf_counter() - start)
         writer.finish(extra_files(result))
     return result
-
-
-def oriented(weight: Tensor, info: LayerInfo) -> Tensor:
-    """The stored tensor as (out_features, in_features); Conv1D keeps it transposed."""
-    return weight.mT if info.kind == "conv1d" else weight
 
 
 def adapter_pair(info: LayerInfo, A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -106,62 +99,6 @@ def adapter_pair(info: LayerInfo, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     if info.kind == "embedding":
         return {name_a: B.mT.contiguous(), name_b: A.mT.contiguous()}
     return {name_a: A, name_b: B}
-
-
-def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
-    """The method's solution of one batch; weights (n, out_features, in_features) float32."""
-    first = batch.layers[0]
-    problem = LayerProblem(
-        names=tuple(layer.info.module for layer in batch.layers),
-        weights=weights,
-        spec=first.spec,
-        rank=plan.config.rank,
-        scaling=plan.config.scaling,
-        scale_fit=first.scale_fit,
-        seeds=tuple(layer.seed for layer in batch.layers),
-    )
-    with torch.no_grad():
-        return plan.config.resolved_method().solve(problem)
-
-
-def _solve(plan: Plan, batch: Batch, weights: Tensor) -> tuple[LayerSolution, float]:
-    """The solution and its seconds, with the device's queue run dry."""
-    start = time.perf_counter()
-    solution = solve_batch(plan, batch, weights)
-    if weights.is_cuda:
-        torch.cuda.synchronize(weights.device)
-    return solution, time.perf_counter() - start
-
-
-def loaded_batches(
-    batches: Sequence[Batch], source: Source, device: torch.device
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with its weights on the device, the next one being read meanwhile on a GPU."""
-    if device.type == "cpu":
-        for batch in batches:
-            yield batch, _load(batch, source, device)
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        ahead = pool.submit(_load, batches[0], source, device) if batches else None
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
-            assert ahead is not None
-            weights = ahead.result()
-            ahead = pool.submit(_load, following, source, device) if following else None
-            yield batch, weights
-
-
-def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:
-    shape = batch.layers[0].info.shape
-    stack = torch.empty(len(batch.layers), *shape, device=device)
-    for place, layer in zip(stack, batch.layers, strict=True):
-        place.copy_(oriented(source.read(layer.info.tensor).to(device), layer.info))
-        if not torch.isfinite(place).all():
-            bad = int((~torch.isfinite(place)).sum())
-            raise ValueError(
-                f"{layer.info.tensor}: {bad} of {place.numel()} values are NaN or infinite. Repair "
-                f'the source, or keep the layer at 16 bits with skip=["{layer.info.module}"].'
-            )
-    return stack
 
 
 def _write(plan: Plan, batch: Batch, solution: LayerSolution, writer: CheckpointWriter) -> float:
@@ -187,7 +124,7 @@ def _copy_rest(plan: Plan, source: Checkpoint, writer: CheckpointWriter) -> floa
 
 
 def _result(
-    plan: Plan, writer: CheckpointWriter, solve_seconds: dict[str, float], total: float
+    plan: Plan, writer: CheckpointWriter, spans: Mapping[str, tuple[float, float]], total: float
 ) -> RunResult:
     records = writer.records()
     by_name = {
@@ -195,7 +132,11 @@ def _result(
     }
     hashes = writer.hashes()
     packed = {spec.name: hashes[spec.name] for layer in plan.layers for spec in layer.packed()}
-    timings = {"total": total, "solve": sum(solve_seconds.values()), "batches": solve_seconds}
+    timings = {
+        "total": total,
+        "solve": union_seconds(list(spans.values())),
+        "batches": {name: end - begin for name, (begin, end) in spans.items()},
+    }
     return RunResult(
         plan=plan,
         records=tuple(by_name[layer.info.module] for layer in plan.layers),

@@ -15,7 +15,7 @@ from loftq.integrations.peft import LineageError, read_lineage
 from loftq.methods.base import relative_error
 from loftq.ops.reference import PER_TENSOR, view_bytes
 from loftq.pipeline.plan import adapter_names
-from loftq.pipeline.run import oriented
+from loftq.pipeline.stream import oriented
 from loftq.report.output import (
     ADAPTER,
     AGAIN,

@@ -1,0 +1,124 @@
+"""Batches of weights in, their solutions out, in the plan's order.
+
+On a GPU a few threads read and solve a batch each, on streams of their own: the copies and small
+eigenproblems that one batch needs of the host run while another keeps the device busy. On a CPU
+they would share the same cores, so batches go one by one. The solutions are the same either way.
+Anonymous memory is bounded by the batches in flight, never by the model: the source is mapped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from loftq.methods import LayerProblem, LayerSolution
+from loftq.pipeline.layout import LayerInfo
+from loftq.pipeline.plan import SOLVED_AT_ONCE, Batch, Plan, Source
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A batch, what became of it, and when it was solved on the clock of time.perf_counter."""
+
+    batch: Batch
+    solution: LayerSolution
+    begin: float
+    end: float
+
+
+def solved_batches(plan: Plan, batches: Sequence[Batch], source: Source) -> Iterator[Solved]:
+    """Read and solve `batches`, in order; SOLVED_AT_ONCE of them at a time on a GPU.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; the tensor is named.
+    """
+    device = torch.device(plan.device)
+    if device.type == "cpu":
+        for batch in batches:
+            yield _solved(plan, batch, source, device)
+        return
+    # torch loads its GPU linear algebra at the first call, and fails if threads race for it.
+    torch.linalg.cholesky(torch.eye(1, device=device))
+    waiting = iter(batches)
+    ahead: deque[Future[Solved]] = deque()
+    with ThreadPoolExecutor(SOLVED_AT_ONCE, "solve", _own_stream, (device,)) as pool:
+        try:
+            # One more than are solved at a time, so that no thread waits for the consumer.
+            for batch in islice(waiting, SOLVED_AT_ONCE + 1):
+                ahead.append(pool.submit(_solved, plan, batch, source, device))
+            while ahead:
+                done = ahead.popleft().result()
+                if (following := next(waiting, None)) is not None:
+                    ahead.append(pool.submit(_solved, plan, following, source, device))
+                yield done
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def union_seconds(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds covered by (begin, end) intervals that may overlap."""
+    covered, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def oriented(weight: Tensor, info: LayerInfo) -> Tensor:
+    """The stored tensor as (out_features, in_features); Conv1D keeps it transposed."""
+    return weight.mT if info.kind == "conv1d" else weight
+
+
+def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
+    """The method's solution of one batch; weights (n, out_features, in_features) float32."""
+    first = batch.layers[0]
+    problem = LayerProblem(
+        names=tuple(layer.info.module for layer in batch.layers),
+        weights=weights,
+        spec=first.spec,
+        rank=plan.config.rank,
+        scaling=plan.config.scaling,
+        scale_fit=first.scale_fit,
+        seeds=tuple(layer.seed for layer in batch.layers),
+    )
+    with torch.no_grad():
+        return plan.config.resolved_method().solve(problem)
+
+
+def _own_stream(device: torch.device) -> None:
+    """Give this thread a stream; one per thread, since freed memory is reused per stream."""
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def _solved(plan: Plan, batch: Batch, source: Source, device: torch.device) -> Solved:
+    weights = _load(batch, source, device)
+    begin = time.perf_counter()
+    solution = solve_batch(plan, batch, weights)
+    if device.type == "cuda":
+        # Whoever takes the solution does so from another stream.
+        torch.cuda.current_stream(device).synchronize()
+    return Solved(batch, solution, begin, time.perf_counter())
+
+
+def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:
+    stack = torch.empty(len(batch.layers), *batch.layers[0].info.shape, device=device)
+    for place, layer in zip(stack, batch.layers, strict=True):
+        place.copy_(oriented(source.read(layer.info.tensor).to(device), layer.info))
+    # A sum is finite only if its terms are; an overflow of finite terms is cleared up below.
+    if torch.isfinite(stack.sum()):
+        return stack
+    for place, layer in zip(stack, batch.layers, strict=True):
+        if bad := int((~torch.isfinite(place)).sum()):
+            raise ValueError(
+                f"{layer.info.tensor}: {bad} of {place.numel()} values are NaN or infinite. Repair "
+                f'the source, or keep the layer at 16 bits with skip=["{layer.info.module}"].'
+            )
+    return stack
