@@ -1,6 +1,6 @@
 """Grids: fit the scale of a group, encode values to codes, decode them again.
 
-A rounding method sees a format only through these three calls. All work on a stack of weights
+A rounding method sees a format only through these calls. All work on a stack of weights
 (n, out_features, in_features) float32, and scales and zeros are (n, out_features, groups).
 
 Fits, the rule that chooses a group's scale:
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loftq.formats.codebooks import even_levels
 from loftq.formats.spec import FormatSpec
-from loftq.ops.dispatch import search_kernel
+from loftq.ops.dispatch import round_kernel, search_kernel
 from loftq.ops.reference import PER_TENSOR
 
 FITS = ("absmax", "mse", "sigma")
@@ -63,6 +63,9 @@ class Grid(Protocol):
 
     def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Values (float32) of codes."""
+
+    def round(self, W: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(codes, values): encode and decode in one."""
 
 
 def grid_of(spec: FormatSpec) -> Grid:
@@ -135,6 +138,28 @@ class _GroupedGrid:
                 out.copy_(self._decode(x, s, z))
         return values
 
+    def round(self, W: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        kernel = round_kernel(W)
+        if kernel is None:
+            codes = self.encode(W, scales, zeros)
+            return codes, self.decode(codes, scales, zeros)
+        levels = self._levels(W.device)
+        parts = []
+        for groups, view in _views(W, self.group_size):
+            rows = view.reshape(-1, view.shape[-1]).contiguous()
+            scale = scales[..., groups].reshape(-1)
+            zero = None if zeros is None else zeros[..., groups].reshape(-1)
+            found = kernel(rows, scale, zero, levels, top=2**self.bits - 1, tiny=TINY)
+            parts.append([part.view(view.shape).flatten(-2) for part in found])
+        if len(parts) == 1:
+            return parts[0][0], parts[0][1]
+        codes, values = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+        return codes, values
+
+    def _levels(self, device: torch.device) -> Tensor | None:
+        """The codebook, ascending, or None where a code is its own value."""
+        return None
+
     def _fit(self, x: Tensor, rule: str) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
@@ -175,6 +200,9 @@ class CodebookGrid(_GroupedGrid):
         if rule == "absmax":
             return (widest,)
         return (self._search(x, widest),)
+
+    def _levels(self, device: torch.device) -> Tensor | None:
+        return _lookup(self.levels, device).levels
 
     def _search(self, x: Tensor, widest: Tensor) -> Tensor:
         """argmin over SEARCH * widest of ||x - scale * nearest level||, per row of x."""
@@ -314,6 +342,10 @@ class TensorUniformGrid:
     def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         assert zeros is not None
         return (codes - zeros) * scales
+
+    def round(self, W: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes = self.encode(W, scales, zeros)
+        return codes, self.decode(codes, scales, zeros)
 
 
 def _std(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:

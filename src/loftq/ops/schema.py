@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq.ops.dispatch import dequantize_kernel
 from loftq.ops.reference import dequantize_reference
 
 
@@ -44,7 +45,8 @@ def dequantize(
         default_zero: zero of symmetric integer grids (used where `zero` is None).
         dtype: of the result; the arithmetic is float32.
     """
-    return dequantize_reference(
+    run = dequantize_kernel(packed, group_size) or dequantize_reference
+    return run(
         packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
         default_zero, dtype,
     )  # fmt: skip

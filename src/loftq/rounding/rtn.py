@@ -54,5 +54,5 @@ def round_to_nearest(W: Tensor, spec: FormatSpec, *, fit: str) -> tuple[Rounded,
     grid = grid_of(spec)
     scales, zeros = grid.fit(W, fit)
     stored = round_trip_scales(scales, spec.scale_coding)
-    codes = grid.encode(W, stored, zeros)
-    return Rounded(spec, codes, scales, zeros), grid.decode(codes, stored, zeros)
+    codes, values = grid.round(W, stored, zeros)
+    return Rounded(spec, codes, scales, zeros), values

@@ -62,8 +62,9 @@ def search_scales(x: Tensor, widest: Tensor, levels: Tensor, ratios: Tensor) -> 
     best = torch.empty_like(widest)
     block_columns = triton.next_power_of_2(columns)
     block_rows = max(1, BLOCK_WEIGHTS // block_columns)
-    _search[(triton.cdiv(rows, block_rows),)](
-        x, widest, best, levels, ratios, rows, columns,
-        LEVELS=len(levels), RATIOS=len(ratios), BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _search[(triton.cdiv(rows, block_rows),)](
+            x, widest, best, levels, ratios, rows, columns, LEVELS=len(levels),
+            RATIOS=len(ratios), BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
+        )  # fmt: skip
     return best
