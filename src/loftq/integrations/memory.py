@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from loftq.checkpoint import DTYPE_NAMES, TensorEntry, backbone_hash

@@ -1,4 +1,4 @@
-"""Packed rows to a dense weight: w = scale * (value(code) - zero), each rounding as the reference's.
+"""Packed rows to a dense weight: w = scale * (value(code) - zero), rounded as the reference rounds.
 
 Reads the packed bytes (schema.dequantize) once and writes 2 or 4 bytes a weight once: bound by
 memory, nine tenths of it the writes. Codebook levels are gathered from one cache line; scales are

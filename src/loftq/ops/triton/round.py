@@ -2,8 +2,8 @@
 
 Computes, for each weight x of a group with scale s (and zero z),
 
-    codebook    code = number of bounds below x / s (the lower code on a tie)    value = s * level
-    integer     code = clamp(round_half_even(x / s + z), 0, 2^bits - 1)          value = (code - z) * s
+    codebook    code = number of bounds below x / s (lower on a tie)      value = s * level
+    integer     code = clamp(round_half_even(x / s + z), 0, 2^bits - 1)  value = (code - z) * s
 
 Reads 4 bytes a weight and writes 5: bound by memory. Divisions are IEEE and nothing is fused, so
 that codes and values are bit for bit those of formats/grids.py.
