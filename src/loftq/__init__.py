@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loftq.integrations import _hook
 
 if TYPE_CHECKING:
-    from loftq.api import greedy_adapter, load, plan, quantize, quantize_model
+    from loftq.api import export, greedy_adapter, load, plan, quantize, quantize_model
     from loftq.formats import FormatSpec, QuantizedTensor, parse_format
     from loftq.methods import METHODS
 
@@ -29,6 +29,7 @@ __all__ = [
     "FormatSpec",
     "QuantizedTensor",
     "__version__",
+    "export",
     "greedy_adapter",
     "load",
     "parse_format",
@@ -41,6 +42,7 @@ _HOME = {
     "METHODS": "loftq.methods",
     "FormatSpec": "loftq.formats",
     "QuantizedTensor": "loftq.formats",
+    "export": "loftq.api",
     "greedy_adapter": "loftq.api",
     "load": "loftq.api",
     "parse_format": "loftq.formats",

@@ -11,6 +11,7 @@ import torch
 
 from loftq.checkpoint import Checkpoint, open_checkpoint
 from loftq.integrations import artifact, discover, memory
+from loftq.integrations.export import export
 from loftq.integrations.greedy import greedy_adapter
 from loftq.integrations.peft import load_adapter
 from loftq.pipeline.config import QuantizeConfig
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["greedy_adapter", "load", "plan", "quantize", "quantize_model"]
+__all__ = ["export", "greedy_adapter", "load", "plan", "quantize", "quantize_model"]
 
 
 def plan(

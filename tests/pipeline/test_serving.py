@@ -6,19 +6,23 @@ from loftq.formats import parse_format
 from loftq.pipeline.config import ENGINE_FORMATS, QuantizeConfig
 from loftq.pipeline.layout import LayerInfo, ModelLayout
 from loftq.pipeline.plan import Plan, PlannedLayer
-from loftq.pipeline.serving import where_served
+from loftq.pipeline.serving import max_lora_rank, where_served
 
 OURS, BNB, GPTQ, COMPRESSED, GGUF = (
     "transformers + PEFT",
     "bitsandbytes NF4",
     "GPTQ",
     "compressed-tensors",
-    "GGUF Q4_0 / IQ4_NL",
+    "GGUF Q4_0 / IQ4_NL / Q8_0",
 )
 
 
 def planned(
-    *formats: str, shape: tuple[int, int] = (128, 256), kind: str = "linear", rank: int = 16
+    *formats: str,
+    shape: tuple[int, int] = (128, 256),
+    kind: str = "linear",
+    rank: int = 16,
+    architecture: str = "LlamaForCausalLM",
 ) -> Plan:
     """A plan of one layer per format, as far as serving looks at it."""
     layers = tuple(
@@ -32,7 +36,7 @@ def planned(
     )
     return Plan(
         config=QuantizeConfig(rank=rank),
-        layout=ModelLayout(model_type="x", architecture="X", layers=()),
+        layout=ModelLayout(model_type="x", architecture=architecture, layers=()),
         layers=layers,
         batches=(),
         copied=(),
@@ -63,7 +67,9 @@ def note(plan: Plan, engine: str) -> str:
         ("sint4-g64-f16", {GPTQ, COMPRESSED}),
         ("sint2-channel-f16", {GPTQ, COMPRESSED}),
         ("sint4-g32-f16", {GPTQ, COMPRESSED, GGUF}),
-        ("sint8-g128-bf16", set()),
+        ("sint8-g128-bf16", {COMPRESSED}),
+        ("sint8-g128-f32", set()),
+        ("sint8-g32-f16", {GPTQ, COMPRESSED, GGUF}),
         ("sint4-g16-f16", set()),
         ("int4-g64-f16", set()),
         ("iq4nl-g32-f16", {GGUF}),
@@ -112,8 +118,22 @@ def test_the_first_layer_that_does_not_fit_is_named() -> None:
 
 def test_embeddings_and_transposed_layers_fit_fewer() -> None:
     assert exact(planned("nf4-g64-dq", kind="embedding")) == {OURS}
-    assert exact(planned("sint4-g32-f16", kind="conv1d")) == {OURS, GGUF}
+    assert exact(planned("sint4-g32-f16", kind="conv1d")) == {OURS}
+
+
+def test_gguf_is_written_for_the_architectures_that_it_is_translated_for() -> None:
+    plan = planned("sint4-g32-f16", architecture="GPT2LMHeadModel")
+    assert exact(plan) == {OURS, GPTQ, COMPRESSED}
+    assert note(plan, GGUF).startswith("GPT2LMHeadModel: GGUF files are written for Llama")
 
 
 def test_vllm_is_given_a_rank_limit_that_it_knows() -> None:
     assert "--max-lora-rank 32" in note(planned("sint4-g64-f16", rank=24), GPTQ)
+    assert max_lora_rank(256) == "--max-lora-rank 256"
+    assert max_lora_rank(257) == "--max-lora-rank 320"
+    assert max_lora_rank(513) == ""
+    assert "no adapter of this rank" in note(planned("sint4-g64-f16", rank=513), GPTQ)
+
+
+def test_a_note_names_the_command_that_exports() -> None:
+    assert note(planned("nf4-g64-dq"), BNB).startswith("loftq export --to bnb;")

@@ -1,0 +1,140 @@
+"""How an export is served: the exact command for each engine, and what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from loftq.integrations.export.adapter import LoraAdapter
+from loftq.integrations.export.job import ADAPTER, Job
+from loftq.pipeline.serving import LORA_RANKS, max_lora_rank
+
+OLDEST = {
+    "bitsandbytes": (0, 43),
+    "compressed-tensors": (0, 15),
+    "gptqmodel": (2, 0),
+    "vllm": (0, 8),
+}
+"""Package -> first release that reads the layout as we write it."""
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """One way to serve an export."""
+
+    engine: str
+    command: str
+    """For a shell, or Python where the engine is a library."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def vllm(job: Job, *, base: str, adapter: str, rank: int, flags: str = "") -> Iterator[Serve]:
+    """`vllm serve` with the adapter beside the base; nothing where vLLM cannot do it."""
+    if job.source.architecture.endswith("ForCausalLM") and not vllm_problems(job, rank):
+        words = ["vllm serve", _quoted(base), *flags.split(), "--enable-lora"]
+        words.append(f"--lora-modules {_name(job)}={_quoted(adapter)}")
+        words.append(max_lora_rank(rank))
+        yield Serve(engine="vllm", command=" ".join(words))
+
+
+def vllm_problems(job: Job, rank: int) -> list[str]:
+    """What keeps vLLM from serving the adapter beside its base."""
+    lora, problems = job.source.adapter, []
+    if not max_lora_rank(rank):
+        problems.append(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, this one has {rank}")
+    if lora.whole or lora.config.get("modules_to_save"):
+        problems.append("vLLM refuses adapters that hold whole layers (modules_to_save)")
+    if lora.config.get("use_dora"):
+        problems.append("vLLM refuses DoRA")
+    if any(_is_end(module) for module in lora.pairs):
+        problems.append("vLLM refuses adapters on embeddings and heads in recent releases")
+    return problems
+
+
+def transformers(
+    job: Job, *, base: str, adapter: str | None, dtype: str = "", unpack: bool = False
+) -> Serve:
+    """Python: the base through its Auto class, the adapter through PEFT.
+
+    Args:
+        job: what is exported.
+        base: folder or name of the base.
+        adapter: folder of the adapter, or None for a merged model.
+        dtype: to load in; "" = config.json's.
+        unpack: ask compressed-tensors for dense layers, which PEFT needs to see.
+    """
+    ending = job.source.architecture
+    auto = next((c for end, c in AUTO_CLASSES.items() if ending.endswith(end)), "AutoModel")
+    names, words = [auto], [repr(base)]
+    if dtype:
+        words.append(f"dtype={dtype!r}")
+    if unpack:
+        names.append("CompressedTensorsConfig")
+        words.append("quantization_config=CompressedTensorsConfig(dequantize=True)")
+    lines = [f"from transformers import {', '.join(names)}"]
+    if adapter is not None:
+        lines.append("from peft import PeftModel")
+    lines.append(f"model = {auto}.from_pretrained({', '.join(words)})")
+    if adapter is not None:
+        lines.append(f"model = PeftModel.from_pretrained(model, {adapter!r})")
+    return Serve(engine="transformers", command="; ".join(lines))
+
+
+def packed_commands(job: Job, *, dtype: str = "", unpack: bool = False) -> tuple[Serve, ...]:
+    """Both engines, for a packed model folder with its adapter inside."""
+    base, adapter = str(job.output), str(job.output / ADAPTER)
+    flags = f"--dtype {dtype}" if dtype else ""
+    rank = job.source.adapter.rank
+    served = vllm(job, base=base, adapter=adapter, rank=rank, flags=flags)
+    own = transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack)
+    return (*served, own)
+
+
+def old_engines(*packages: str) -> list[str]:
+    """Packages installed here that are too old to read the export."""
+    found = []
+    for package in packages:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+        oldest = OLDEST[package]
+        release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+        if release and release < oldest:
+            wanted = ".".join(map(str, oldest))
+            found.append(f"{package} {version} is installed here and too old: upgrade to {wanted}")
+    return found
+
+
+def pair_limit(lora: LoraAdapter) -> str:
+    """Why the adapter and this base go together."""
+    return f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise"
+
+
+def _is_end(module: str) -> bool:
+    return module.rpartition(".")[2] in ("lm_head", "embed_tokens", "embed_out", "wte")
+
+
+def _name(job: Job) -> str:
+    stem = job.source.path.name or Path(job.output).name
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem) or "adapter"
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)
