@@ -276,7 +276,7 @@ def test_gated_files_of_a_visible_repository(monkeypatch):
     [
         errors.OfflineModeIsEnabled("offline"),
         hub_error(errors.HfHubHTTPError, 503),
-        source._http_error()("connection refused"),
+        source.http_error()("connection refused"),
     ],
     ids=["offline", "server error", "no network"],
 )

@@ -31,9 +31,19 @@ def inspect(
         str | None,
         typer.Option(help="The model it was made from: recompute every layer's error from files."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with figures about OUT, or about a RUN of `loftq train`."),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what OUT holds, layer by layer; --check and --source verify it (exit 1 on a problem)."""
+    if html is not None:
+        _write_page(output, html, source, as_json=as_json)
+        if not (output / "loftq.json").is_file():  # a run: there are no layers to list
+            if as_json:
+                console.emit({"report": str(html)})
+            return
     with console.answering(as_json=as_json):
         from loftq.cli.progress import Bar
         from loftq.report import inspect_output
@@ -49,6 +59,14 @@ def inspect(
         if not as_json:
             _complain(report)
         raise typer.Exit(1)
+
+
+def _write_page(folder: Path, html: Path, source: str | None, *, as_json: bool) -> None:
+    with console.answering(as_json=as_json):
+        from loftq.report import write_report
+
+        write_report(folder, output=html, source=source)
+    console.screen(as_json=as_json).print(f"report: {html}")
 
 
 def _resolved(source: str) -> Path:

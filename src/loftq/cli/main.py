@@ -15,6 +15,7 @@ import typer
 from loftq import __version__
 from loftq.cli.doctor import doctor
 from loftq.cli.eval import app as eval_app
+from loftq.cli.export import export
 from loftq.cli.inspect import inspect
 from loftq.cli.lab import app as lab_app
 from loftq.cli.plan import plan
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command(short_help="Say what quantizing would take and give; reads headers only.")(plan)
 app.command(short_help="Quantize a model: packed weights and the adapter start.")(quantize)
 app.add_typer(eval_app, name="eval", short_help="Score a model: perplexity.")
+app.command(short_help="Lay an output out for another engine.")(export)
 app.command(short_help="Show what an output holds, and verify it.")(inspect)
 app.command(short_help="Check this machine: packages, GPU, disk, memory.")(doctor)
 app.add_typer(lab_app, name="lab", short_help="Experiments: the demo, and all methods.")

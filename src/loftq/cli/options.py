@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -52,6 +52,10 @@ Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with the same keys; flags win over it.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this hub repository."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 AllowUncovered = Annotated[
     bool,
@@ -60,6 +64,8 @@ AllowUncovered = Annotated[
 
 SHARD_BYTES = "max_shard_bytes"
 EXTRA_KEYS = ("device", SHARD_BYTES)
+AFTER_KEYS = {"report": bool | None, "private": bool | None, "base": str | None}
+"""Keys about a finished output, with their types: its page and its place on the hub."""
 ALIASES = {"for": "engine"}
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -70,6 +76,8 @@ class Request:
 
     options: Mapping[str, Any]
     """Fields of QuantizeConfig, `device` and `max_shard_bytes`; only those that were given."""
+    after: Mapping[str, Any] = field(default_factory=dict)
+    """Those of AFTER_KEYS that were given."""
 
     @property
     def given(self) -> frozenset[str]:
@@ -98,7 +106,9 @@ def collect(
     if twice:
         raise typer.BadParameter(f"{twice[0]} is given as a flag and as {twice[0]}=...; give one.")
     options |= {key: _typed(key, value) for key, value in (pairs | chosen).items()}
-    return Request({key: value for key, value in options.items() if value is not None})
+    options = {key: value for key, value in options.items() if value is not None}
+    after = {key: options.pop(key) for key in AFTER_KEYS if key in options}
+    return Request(options, after)
 
 
 def _was_given(value: object) -> bool:
@@ -112,7 +122,7 @@ def keys() -> dict[str, Any]:
 
     hints = get_type_hints(QuantizeConfig)
     found = {field.name: hints[field.name] for field in fields(QuantizeConfig)}
-    return {**found, "device": str | None, SHARD_BYTES: int}
+    return {**found, "device": str | None, SHARD_BYTES: int, **AFTER_KEYS}
 
 
 def parse_pairs(words: Iterable[str], known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def _typed(key: str, value: Any) -> Any:
         return None
     hint = str(keys()[key])
     if key == SHARD_BYTES:
-        return _bytes(key, value)
+        return byte_count(key, value)
     if "Mapping" in hint:
         return _mapping(key, value)
     if "tuple" in hint:
@@ -249,7 +259,12 @@ def _mapping(key: str, value: Any) -> dict[str, str]:
     return dict(pairs)
 
 
-def _bytes(key: str, value: Any) -> int:
+def byte_count(key: str, value: Any) -> int:
+    """Bytes in words, such as 5GB or 500MB.
+
+    Raises:
+        ValueError: not a positive size.
+    """
     text = str(value).strip().lower()
     digits = text.rstrip("bgikm")
     unit = UNITS.get(text[len(digits) :].strip())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loftq.cli.choices import Choice
+    from loftq.cli.finish import Finish
     from loftq.pipeline.plan import Plan
     from loftq.pipeline.run import RunResult
 
@@ -40,6 +43,7 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished output of loftq.")
     ] = False,
+    push_to_hub: options.PushToHub = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Quantize MODEL: packed weights, the LoRA start that belongs to them, a record per layer."""
@@ -50,6 +54,18 @@ def quantize(
     }  # fmt: skip
     request = options.collect(flags, settings, config)
     out = console.screen(as_json=as_json)
+    with console.answering(as_json=as_json):
+        from loftq.cli.finish import Finish
+
+        finish = Finish(output, request.after, push_to_hub)
+        again = not overwrite and _is_finished(model, output, request.options)
+        if again:
+            finish.push()
+    if again and finish.repo is not None:
+        _print_pushed(out, finish)
+        if as_json:
+            console.emit(finish.to_dict())
+        return
     with console.answering(as_json=as_json):
         from loftq import api
         from loftq.cli.choices import choices
@@ -79,10 +95,13 @@ def quantize(
         finally:
             follow.close()
         follow.announce()
+        finish.write_page()
+        finish.push()
     if as_json:
-        console.emit(_answer(model, output, result, chosen, follow.resumed))
+        answer = _answer(model, output, result, chosen, follow.resumed)
+        console.emit({**answer, **finish.to_dict()})
     else:
-        _print_end(out, output, result)
+        _print_end(out, output, result, finish)
 
 
 def _print_start(out: Console, model: str, output: Path, plan: Plan, chosen: list[Choice]) -> None:
@@ -100,7 +119,7 @@ def _print_start(out: Console, model: str, output: Path, plan: Plan, chosen: lis
     out.print(lines)
 
 
-def _print_end(out: Console, output: Path, result: RunResult) -> None:
+def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) -> None:
     from loftq.integrations.artifact import totals
 
     sums = totals(result)
@@ -118,9 +137,30 @@ def _print_end(out: Console, output: Path, result: RunResult) -> None:
         f"{console.size(sums['adapter_bytes'])} adapter; the source has "
         f"{console.size(sums['source_bytes'])}",
     )
+    finish.add_rows(lines)
     lines.add_row("next", f"loftq inspect {output} --check")
     lines.add_row("", f'in Python: loftq.load("{output}", trainable=True)')
     out.print(lines)
+
+
+def _print_pushed(out: Console, finish: Finish) -> None:
+    lines = console.facts()
+    lines.add_row("quantize", f"{finish.folder} was finished before with these settings")
+    finish.add_rows(lines)
+    out.print(lines)
+
+
+def _is_finished(model: str, output: Path, chosen: Mapping[str, Any]) -> bool:
+    """Whether `output` is what this very command made before, so that it only is to be pushed."""
+    from loftq.cli.finish import read_record
+    from loftq.pipeline.config import QuantizeConfig
+
+    record = read_record(output)
+    if record is None or record["source"]["name"] != model:
+        return False
+    known = {field.name for field in fields(QuantizeConfig)}
+    config = QuantizeConfig(**{key: value for key, value in chosen.items() if key in known})
+    return QuantizeConfig.from_dict(record["config"]) == config
 
 
 def _answer(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import __version__
+from loftq.integrations.card import CARD, origin_of, output_card
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.run import RunResult
 
@@ -15,7 +16,14 @@ QUANT_VERSION = 1
 WEIGHTS_INDEX = "loftq.safetensors.index.json"
 # What a tokenizer or processor needs; weights, code and the source's own card stay behind.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe")
-NOT_COMPANIONS = ("config.json", "*.index.json", "loftq.json", "timings.json", "SOURCE.json")
+NOT_COMPANIONS = (
+    "config.json",
+    "*.index.json",
+    "loftq.json",
+    "timings.json",
+    "hub.json",
+    "SOURCE.json",
+)
 
 
 def extra_files(result: RunResult, folder: Path, source_name: str, output: str) -> dict[str, bytes]:
@@ -23,9 +31,11 @@ def extra_files(result: RunResult, folder: Path, source_name: str, output: str) 
     files = {path.name: path.read_bytes() for path in companions(folder)}
     files["init_adapter/adapter_config.json"] = _json(adapter_config(result.plan, output))
     files["init_adapter/loftq_lineage.json"] = _json({"version": 1, "backbone": result.backbone})
-    files["loftq.json"] = _json(provenance(result, source_name))
+    record = provenance(result, source_name)
+    files["loftq.json"] = _json(record)
     files["timings.json"] = _json(dict(result.timings))
-    files["README.md"] = model_card(result, source_name, output).encode()
+    card = output_card(record, origin_of(source_name, folder), name=Path(output).name)
+    files[CARD] = card.encode()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(result)
     files["config.json"] = _json(config)
@@ -130,47 +140,6 @@ def totals(result: RunResult) -> dict[str, Any]:
         "mean_plain_error": _mean(result.records, "plain_error"),
         "mean_error": _mean(result.records, "error"),
     }
-
-
-def model_card(result: RunResult, source_name: str, output: str) -> str:
-    """README.md of the output folder, with the hub's front matter."""
-    plan, sums = result.plan, totals(result)
-    config, method = plan.config, plan.config.resolved_method()
-    base = f"base_model: {source_name}\nbase_model_relation: quantized\n"
-    front = f"library_name: peft\n{base if '/' in source_name else ''}tags: [loftq, peft]\n"
-    formats = ", ".join(sorted({str(layer.spec) for layer in plan.layers}))
-    need = (
-        "The backbone was chosen together with the adapter and needs it: alone it is worse than "
-        "plain rounding."
-        if method.adapter_required
-        else "The backbone is the plainly rounded weight; any adapter may be trained on it."
-    )
-    return f"""---
-{front}---
-# {Path(output).name}
-
-{Path(source_name).name} quantized with [loftq]({PROJECT}) {__version__}: packed {formats} backbone
-and the LoRA start that belongs to it (`init_adapter/`).
-
-| | |
-|---|---|
-| method | {config.method}, rank {config.rank}, alpha {config.alpha or config.rank:g} |
-| bits per quantized weight | {sums["bits_per_weight"]:.3f} (scales included) |
-| bytes | {sums["packed_bytes"]:,} packed + {sums["unquantized_bytes"]:,} unquantized + \
-{sums["adapter_bytes"]:,} adapter; source {sums["source_bytes"]:,} |
-| relative weight error | {sums["mean_plain_error"]:.4f} rounded, {sums["mean_error"]:.4f} with \
-the adapter (mean over layers) |
-
-{need}
-
-```python
-import loftq  # registers the format with transformers
-model = loftq.load("{Path(output).name}", trainable=True)  # a PEFT model, ready to train
-```
-"""
-
-
-PROJECT = "https://arxiv.org/abs/2310.08659"
 
 
 def _mean(records: tuple[Mapping[str, Any], ...], key: str) -> float:

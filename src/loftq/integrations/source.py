@@ -55,6 +55,22 @@ def resolve_source(name_or_path: str | Path, *, revision: str | None = None) -> 
     return _download(name, revision)
 
 
+def local_source(name_or_path: str | Path) -> Path | None:
+    """The model's folder if it is on this machine, as a folder or in the hub cache; no network."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if not _HUB_ID.fullmatch(str(name_or_path)):
+        return None
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name_or_path), local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
 def refuse_unusable(folder: Path) -> None:
     """Raise unless `folder` holds a full-precision model whose code is in transformers.
 
@@ -253,7 +269,7 @@ def _download(name: str, revision: str | None) -> Path:
             "network, or HF_HUB_OFFLINE is set). Connect once to download it, or give a "
             "local folder."
         ) from error
-    except (_http_error(), OSError) as error:
+    except (http_error(), OSError) as error:
         raise SourceError(
             f"{name}: the download failed ({_first_line(error)}). Run this again: it continues "
             "where it stopped."
@@ -271,13 +287,13 @@ def _repository_files(name: str, revision: str | None) -> list[str] | None:
         return huggingface_hub.HfApi().list_repo_files(name, revision=revision)
     except errors.OfflineModeIsEnabled:
         return None
-    except _http_error() as error:
+    except http_error() as error:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
             raise
         return None
 
 
-def _http_error() -> type[Exception]:
+def http_error() -> type[Exception]:
     """Base of all errors of the hub client's HTTP library, which differs between its versions."""
     from huggingface_hub import errors
 

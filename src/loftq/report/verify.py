@@ -181,10 +181,21 @@ def _adapter_config(files: OutputFiles) -> Iterator[str]:
 
 def effective_error(layer: RecordedLayer, files: OutputFiles, origin: Checkpoint) -> float:
     """||W - Q - scaling B A||_F / ||W||_F of one layer, everything as it is stored."""
+    W, Q, B, A = stored_parts(layer, files, origin)
+    return relative_error(W, Q, B, A, layer.record["scaling"])
+
+
+def stored_parts(
+    layer: RecordedLayer, files: OutputFiles, origin: Checkpoint
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W and Q (out_features, in_features), B (out_features, rank), A (rank, in_features); float32.
+
+    W is read from the source; Q, B and A are what the output holds.
+    """
     W = oriented(origin.read(layer.info.tensor), layer.info).to(torch.float32)
     Q = QuantizedTensor.from_state_dict(layer.spec, layer.info.shape, _packed(layer, files))
     A, B = _factors(layer, files)
-    return relative_error(W, Q.dequantize(), B, A, layer.record["scaling"])
+    return W, Q.dequantize(), B, A
 
 
 def _packed(layer: RecordedLayer, files: OutputFiles) -> dict[str, Tensor]:

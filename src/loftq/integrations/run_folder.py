@@ -1,0 +1,136 @@
+"""The folder of a `loftq train` run, and the backbone that it points at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq.integrations.peft import check_lineage
+
+START = "init_adapter"
+
+
+class RunError(ValueError):
+    """The folder is not a run, or its backbone is not where it points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBase:
+    """base.json: what a run was trained on."""
+
+    path: Path
+    """The output of `quantize`; relative paths are resolved against the run."""
+    backbone: str
+    """sha256 of its packed tensors, as in loftq.json."""
+    model: str
+    """The model as the user named it."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run are; none of them need exist."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, a standard PEFT folder."""
+        return self.path / "adapter"
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: steps, validations, the summary."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Held-out prompts before and after."""
+        return self.path / "samples.json"
+
+    @property
+    def data(self) -> Path:
+        """Counts of the training data."""
+        return self.path / "data.json"
+
+    @property
+    def memory(self) -> Path:
+        """Predicted bytes by part, measured peak."""
+        return self.path / "memory.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the trainer."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+    def base(self) -> RunBase:
+        """What the run was trained on.
+
+        Raises:
+            RunError: base.json is missing or damaged.
+        """
+        file = self.path / "base.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return RunBase(
+                path=self.path / found["path"],  # an absolute path stays what it is
+                backbone=str(found["backbone"]),
+                model=str(found["model"]),
+            )
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path}: no base.json, so not a run of `loftq train`. Give the folder that "
+                "train wrote with -o."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{file}: cannot be read ({error!r}). Restore it.") from error
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """A run with a trained adapter.
+
+    Raises:
+        RunError: no run, or one that ended before its adapter was written.
+    """
+    run = RunFolder(Path(path))
+    run.base()
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise RunError(
+            f"{run.path}: no adapter/adapter_config.json, so the run has not ended. Give its "
+            "`loftq train` command again: it goes on from the last checkpoint."
+        )
+    return run
+
+
+def backbone_and_adapter(path: str | Path) -> tuple[Path, Path]:
+    """(OUT, adapter) of a run, or of an output of `quantize` with its start adapter.
+
+    Raises:
+        RunError: neither of the two, or the backbone of a run is gone.
+        LineageError: the adapter belongs to another backbone.
+    """
+    folder = Path(path)
+    if (folder / "loftq.json").is_file():
+        out, adapter = folder, folder / START
+    else:
+        run = open_run(folder)
+        out, adapter = run.base().path, run.adapter
+    try:
+        backbone = json.loads((out / "loftq.json").read_text(encoding="utf-8"))["backbone"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{out}: the backbone of {folder} cannot be read ({error!r}). Put it back, or correct "
+            "the path in base.json."
+        ) from error
+    check_lineage(adapter, backbone)
+    return out, adapter
