@@ -32,7 +32,7 @@ EXTRA_OF = {"demo": "demo", "test": "dev", "setup": "dev", "lint": "dev", "forma
 # which differs from release to release. The extras are without torch.
 TORCH_CPU = (190, 870)
 TORCH_CUDA = (2800, 5300)
-PACKAGES = {"demo": (60, 310), "dev": (185, 760)}
+PACKAGES = {"demo": (60, 310), "dev": (265, 1040)}
 OLDEST_PACKAGES = (13, 130)
 
 # `-m` replaces the one in pyproject.toml, so this says it again.
