@@ -1,6 +1,7 @@
 """Carry out a plan: stream batches of weights in, solve them, stream packed tensors out.
 
-What is solved (pipeline/stream.py) is written by a thread of its own while the next batches are.
+What is solved (pipeline/stream.py) is written while the next batches are, a batch at a time by
+several threads: the hash of a tensor takes longer than writing it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, adapter_names
 from loftq.pipeline.stream import solved_batches, union_seconds
 
 JOURNAL = ".loftq-journal.jsonl"
+WRITERS = 4  # threads that copy to the host, hash and write
 REST = "rest"  # the batch that holds every tensor copied as it is
 
 OnBatch = Callable[[Batch, list[Mapping[str, Any]], bool], None]
@@ -75,7 +77,10 @@ def run(
             if batch.name in known and on_batch:
                 on_batch(batch, known[batch.name]["layers"], True)
         todo = [batch for batch in plan.batches if batch.name not in known]
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="commit") as pool,
+            ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as writers,
+        ):
             pending: Future[float] | None = None
             if REST not in known:
                 pending = pool.submit(_copy_rest, plan, source, writer)
@@ -83,7 +88,7 @@ def run(
                 spans[done.batch.name] = done.begin, done.end
                 if pending is not None:
                     pending.result()
-                pending = pool.submit(_write, plan, done.batch, done.solution, writer)
+                pending = pool.submit(_write, done.batch, done.solution, writer, writers)
                 if on_batch:
                     on_batch(done.batch, [r.to_dict() for r in done.solution.records], False)
             if pending is not None:
@@ -101,14 +106,20 @@ def adapter_pair(info: LayerInfo, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {name_a: A, name_b: B}
 
 
-def _write(plan: Plan, batch: Batch, solution: LayerSolution, writer: CheckpointWriter) -> float:
+def _write(
+    batch: Batch, solution: LayerSolution, writer: CheckpointWriter, writers: ThreadPoolExecutor
+) -> float:
     start = time.perf_counter()
+    tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(batch.layers):
-        for part, tensor in solution.quantized[i].to_state_dict().items():
-            writer.write(f"{layer.stem}.{part}", tensor.cpu().contiguous())
-        pair = adapter_pair(layer.info, solution.lora_A[i], solution.lora_B[i])
-        for name, tensor in pair.items():
-            writer.write(name, tensor.cpu().contiguous())
+        parts = solution.quantized[i].to_state_dict()
+        tensors |= {f"{layer.stem}.{part}": tensor for part, tensor in parts.items()}
+        tensors |= adapter_pair(layer.info, solution.lora_A[i], solution.lora_B[i])
+
+    def write(name: str) -> None:
+        writer.write(name, tensors[name].cpu().contiguous())
+
+    list(writers.map(write, tensors))
     writer.commit(batch.name, {"layers": [record.to_dict() for record in solution.records]})
     return time.perf_counter() - start
 
