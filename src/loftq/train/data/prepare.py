@@ -162,7 +162,8 @@ def _encoded(name: str, rows: Rows, bench: _Bench) -> _Part:
     if not items:
         raise DataError(
             f"{name}: every sample is longer than max_length={bench.max_length} tokens (the "
-            f"longest has {tally.longest}). Raise max_length, or keep their beginnings with truncation=cut."
+            f"longest has {tally.longest}). Raise max_length, or keep their "
+            "beginnings with truncation=cut."
         )
     return _Part(name, reading, items, tally)
 

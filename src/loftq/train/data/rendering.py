@@ -163,14 +163,26 @@ class ChatTemplate:
             return self._trimmed(text, len(text))
         content = chat.messages[turn]["content"].strip()
         if self.ending and content and not chat.messages[turn].get("tool_calls"):
-            # What stands there verbatim, with nothing but the mark of the end after it.
-            mark = re.compile(re.escape(content) + r"\s*" + re.escape(self.ending))
-            found = mark.search(text, start)
-            # Nothing but what the template adds may precede it: no end of another turn.
-            if found and self.ending not in text[start : found.start()]:
-                return found.end()
+            end = self._verbatim_end(text, content, start)
+            if end is not None:
+                return end
         so_far = self.render(chat.messages[: turn + 1], tools=chat.tools)
         return self._trimmed(text, len(so_far)) if text.startswith(so_far) else None
+
+    def _verbatim_end(self, text: str, content: str, start: int) -> int | None:
+        """End of the first place from `start` where the content and the mark of the end stand.
+
+        Before it only the template's own additions may stand, not the end of another turn.
+        """
+        at = text.find(content, start)
+        while at >= 0 and self.ending not in text[start:at]:
+            end = at + len(content)
+            while text[end : end + 1].isspace():
+                end += 1
+            if text.startswith(self.ending, end):
+                return end + len(self.ending)
+            at = text.find(content, at + 1)
+        return None
 
     def _trimmed(self, text: str, end: int) -> int:
         """Without white space after the mark of the end: nobody generates past that mark."""
