@@ -11,7 +11,7 @@ from typing import Any
 from loftq.train.data.files import READERS, Rows, as_row, kind_of, known_kinds, read_file
 from loftq.train.data.problems import DataError, Place
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 """ORG/NAME, and the configuration after a colon where a data set has several."""
 _SPLITS = {
     "train": "train",
