@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from loftq.train.data.counts import DataCounts, Tally
@@ -74,6 +75,7 @@ def prepare(
         DataError: the data, a setting or the tokenizer cannot be used; bad rows are listed
             together.
     """
+    _check_extra()
     bench = _Bench.of(tokenizer, settings, model_context)
     source = open_source(data)
     train = _encoded(data, source.train(), bench)
@@ -88,6 +90,12 @@ def prepare(
         assert name is not None
         held = _validation(name, rows, train, bench)
     return _prepared(train, held, bench, source.notes, name)
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("datasets", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise DataError(f"{' and '.join(missing)} missing: pip install 'loftq[train]'.")
 
 
 @dataclass(frozen=True)

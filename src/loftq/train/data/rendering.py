@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
 from loftq.train.data.prefix import shared_length
 from loftq.train.data.problems import Unusable
 from loftq.train.data.samples import ASSISTANT, Chat, Message
@@ -192,6 +190,8 @@ class ChatTemplate:
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What a template raises, as a reason not to use the row."""
+    from jinja2 import TemplateError
+
     try:
         yield
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:

@@ -112,10 +112,8 @@ def _split(name: str, split: str, rows: Any) -> Rows:
 
 def _load(name: str, repository: str, configuration: str | None) -> Any:
     """All splits of a data set, from the cache or the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError("training data needs the extra: pip install 'loftq[train]'.") from error
+    from datasets import load_dataset
+
     try:
         return load_dataset(repository, configuration)
     except (OSError, ValueError) as error:

@@ -11,8 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
-
 from loftq.train.data.problems import DataError
 
 BUILT_IN: Mapping[str, tuple[str, ...]] = {
@@ -85,6 +83,7 @@ def _from_file(name: str) -> str:
 
 def _check_syntax(name: str, text: str) -> None:
     """A mistake in a template is one error, not one for each row."""
+    from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
