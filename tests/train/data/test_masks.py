@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from loftq.train.data import DataSettings, prepare
 from loftq.train.data.counts import Tally
 from loftq.train.data.encode import Encoded, Encoder
-from loftq.train.data.problems import BadRow, Place
+from loftq.train.data.problems import BadRow, DataError, Place
+from loftq.train.data.rendering import ChatTemplate
 from loftq.train.data.samples import Chat, Completion, Document, Sample
 from loftq.train.data.special import special_tokens
 from loftq.train.data.templates import use_template
@@ -241,6 +242,40 @@ def test_a_document_begins_and_ends_once_and_all_of_it_is_trained() -> None:
     found, _ = encoded(tokenizer, Document("the cat"), completion_only=False)
     assert tokenizer.decode(found.ids.tolist()) == "<s>the cat</s>"
     assert set(found.mask) == {1}
+
+
+FAMILIES = ("llama3", "qwen3_instruct_2507", "gemma", "gemma3", "cohere", "cohere2", "lfm2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_that_trl_marks_in_known_templates(family: str) -> None:
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    talk = chat("How are you?", "Fine,\n thanks", "And now?", "Still fine.")
+    found = []
+    for name in (family, f"{family}_training"):
+        tokenizer = tiny(template=(folder / f"{name}.jinja").read_text())
+        template = ChatTemplate.of(tokenizer)
+        rendered = template.answers_of(talk)
+        found.append([rendered.text[start:end] for start, end in rendered.answers])
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+def test_a_last_answer_may_end_in_another_way() -> None:
+    template = CHATML.replace(
+        "{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add"
+    )
+    tokenizer = tiny(template=template)
+    found, tally = encoded(tokenizer, chat("a", "b", "c", "d"))
+    assert parts(tokenizer, found) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
+    assert tally == Tally(longest=len(found.ids))
+
+
+def test_a_template_that_does_not_write_what_is_said_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match="does not write the text of messages"):
+        encoded(tiny(template=template), chat("a", "b"))
 
 
 def test_what_a_template_refuses_is_a_bad_row_with_its_reason() -> None:
