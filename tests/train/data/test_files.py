@@ -6,11 +6,13 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loftq.train.data.files import BLOCK_CHARACTERS, Row, read_file
 from loftq.train.data.problems import BadRow, DataError
+from loftq.train.data.samples import CONTINUES
 from loftq.train.data.sources import open_source, split_of
 
 ROWS = [{"text": "Käse\u2028日本"}, {"text": "two", "n": None}]
@@ -98,7 +100,7 @@ def test_a_text_file_is_one_document_in_blocks_of_whole_paragraphs(tmp_path: Pat
     assert len(blocks) > 1
     assert "".join(block["text"] for block in blocks) == text.strip("\n")
     assert all(block["text"].endswith("sea.\n\n") for block in blocks[:-1])
-    assert [block["ends"] for block in blocks] == [False] * (len(blocks) - 1) + [True]
+    assert [block[CONTINUES] for block in blocks] == [True] * (len(blocks) - 1) + [False]
     assert max(len(block["text"]) for block in blocks) <= BLOCK_CHARACTERS
 
 
@@ -142,6 +144,30 @@ def test_a_path_that_leads_nowhere_is_refused(name: str) -> None:
 def test_a_hub_id_that_cannot_be_had_says_so_once() -> None:
     with pytest.raises(DataError, match=r"some-org/some-data: no such file or folder here, and no"):
         open_source("some-org/some-data")
+
+
+def test_the_splits_of_the_hub_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[str, str | None]] = []
+
+    def load(repository: str, configuration: str | None) -> Any:
+        asked.append((repository, configuration))
+        names = ("train", "validation", "test")
+        return datasets.DatasetDict(
+            {name: datasets.Dataset.from_list([{"text": name, "n": None}]) for name in names}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_source("some-org/some-data:main")
+    assert asked == [("some-org/some-data", "main")]
+    (row,) = source.train()
+    assert isinstance(row, Row)
+    assert row.values == {"text": "train"}
+    assert str(row.place) == "some-org/some-data:main (train), row 1"
+    (held,) = source.for_validation()
+    assert isinstance(held, Row)
+    assert held.values == {"text": "validation"}
+    assert source.notes == ("left out of some-org/some-data:main: split test",)
 
 
 @pytest.mark.parametrize(

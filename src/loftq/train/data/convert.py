@@ -10,6 +10,7 @@ from loftq.train.data.prefix import shared_length
 from loftq.train.data.problems import Unusable, kind_of_value
 from loftq.train.data.samples import (
     ASSISTANT,
+    CONTINUES,
     ROLES,
     Chat,
     Completion,
@@ -68,8 +69,8 @@ def prompt_completion(row: Values) -> Completion | Chat:
 
 
 def text(row: Values) -> Document:
-    """{"text"}; a block of a file that goes on has {"ends": False} beside it."""
-    return Document(_string(row, "text"), ends=row.get("ends", True) is not False)
+    """{"text"}, or a block of a text file."""
+    return Document(_string(row, "text"), ends=not row.get(CONTINUES, False))
 
 
 def preference(row: Values) -> Preference:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from loftq.train.data.problems import BadRow, DataError, Place, kind_of_value
+from loftq.train.data.samples import CONTINUES
 
 BLOCK_CHARACTERS = 32_768
 """A text file is read in blocks of whole paragraphs of about this size."""
@@ -120,7 +121,7 @@ def _read_text(path: Path) -> Rows:
     blocks = list(_blocks(text)) if text.strip() else []
     for number, block in enumerate(blocks, 1):
         place = Place(str(path), number, "block")
-        yield Row(place, {"text": block, "ends": number == len(blocks)})
+        yield Row(place, {"text": block, CONTINUES: number < len(blocks)})
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -116,8 +116,8 @@ def _load(name: str, repository: str, configuration: str | None) -> Any:
 
     try:
         return load_dataset(repository, configuration)
-    except (OSError, ValueError) as error:
-        # The hub's own errors are of these two kinds: offline, not found, several configurations.
+    except (OSError, ValueError, RuntimeError) as error:
+        # Offline and not found, several configurations, a data set that is a script.
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"{name}: no such file or folder here, and no data set that can be loaded from the hub "
