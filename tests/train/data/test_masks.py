@@ -154,6 +154,14 @@ def test_reasoning_of_the_last_turn_is_trained_and_rewritten_turns_are_not() -> 
     assert tally.rewritten == 1
 
 
+def test_a_rewritten_answer_is_not_taken_for_the_same_one_later() -> None:
+    tokenizer = tiny(template=REASONING)
+    same = "<think>\nhm\n</think>\n\nSo"
+    found, tally = encoded(tokenizer, chat("a", same, "c", same))
+    assert parts(tokenizer, found) == [same + "<|im_end|>"]
+    assert tally.rewritten == 1
+
+
 def test_reasoning_templates_leave_plain_answers_trained() -> None:
     tokenizer = tiny(template=REASONING)
     found, tally = encoded(tokenizer, chat("a", "think", "c", "Yes"))
