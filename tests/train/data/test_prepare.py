@@ -166,6 +166,16 @@ def test_preferences_over_the_length_are_dropped(tmp_path: Path) -> None:
     assert (found.counts.trained_rows, found.counts.dropped) == (1, 1)
 
 
+def test_preferences_of_text_and_of_messages_do_not_mix(tmp_path: Path) -> None:
+    messages = {
+        name: [{"role": role, "content": name}]
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))
+    }
+    path = write(tmp_path / "p.jsonl", [pair(1), messages, pair(2), messages, pair(3), messages])
+    with pytest.raises(DataError, match="some preferences are text and others messages"):
+        prepare(path, tiny(), DataSettings(max_length=100))
+
+
 def test_bad_rows_are_listed_together_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(turns(n)) for n in range(10)]

@@ -85,7 +85,7 @@ def prepare(
     elif rows is not None:
         name = f"{data} (validation)"
     if rows is None:
-        held = _held_out_of(train, bench)
+        train, held = _split(train, bench)
     else:
         assert name is not None
         held = _validation(name, rows, train, bench)
@@ -176,13 +176,11 @@ def _encoded(name: str, rows: Rows, bench: _Bench) -> _Part:
     return _Part(name, reading, items, tally)
 
 
-def _held_out_of(train: _Part, bench: _Bench) -> _Part:
-    """Take the held-out items out of the training data."""
-    items, held = hold_out(
-        train.items, bench.settings.holdout, seed=bench.settings.seed, source=train.name
-    )
-    train.items[:] = items
-    return replace(train, items=held)
+def _split(part: _Part, bench: _Bench) -> tuple[_Part, _Part]:
+    """Training and held-out data of one source."""
+    share, seed = bench.settings.holdout, bench.settings.seed
+    train, held = hold_out(part.items, share, seed=seed, source=part.name)
+    return replace(part, items=train), replace(part, items=held)
 
 
 def _validation(name: str, rows: Callable[[], Rows], train: _Part, bench: _Bench) -> _Part:
