@@ -26,6 +26,7 @@ ORDER = (
     ("api",),
     ("train", "eval"),
     ("report",),
+    ("chat",),
     ("lab",),
     ("cli",),
     ("__main__",),
