@@ -29,7 +29,7 @@ ORDER = (
     ("chat",),
     ("lab",),
     ("cli",),
-    ("__main__",),
+    ("__main__", "run", "_startup"),
 )
 """A room imports only from rooms of earlier rows; those of one row do not know each other."""
 

@@ -158,8 +158,8 @@ def _choice(weights: str, device: torch.device, dense: int) -> tuple[bool, str]:
     if weights != "auto":
         return weights == "dense", "as asked"
     if device.type != "cpu":
-        return False, "unpacked on the fly; weights=dense unpacks them once"
+        return False, "unpacked on the fly; weights=dense does it once"
     free = available_memory()
     if free is None or free >= dense + SPARE_MEMORY:
-        return True, "unpacked once, a CPU answers much faster so; weights=packed saves the memory"
-    return False, "slow on a CPU, but there is no memory to unpack them once"
+        return True, "unpacked once: much faster on a CPU; weights=packed saves memory"
+    return False, "slow on a CPU, but no memory to unpack them once"

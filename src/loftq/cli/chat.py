@@ -117,6 +117,7 @@ def _answer_once(session: Session, question: str, *, as_json: bool) -> None:
 def _talk(session: Session) -> None:
     out = console.screen()
     out.print(_head(session))
+    out.print(COMMANDS, style="dim")
     while (line := _read()) is not None:
         if line == "/reset":
             session.reset()
@@ -194,7 +195,6 @@ def _head(session: Session) -> Any:
     if not session.conversation.has_template:
         why = "the tokenizer has no chat template, as is usual for a base model"
         lines.add_row("form", "your text is continued as it is, each time anew", why)
-    lines.add_row("", COMMANDS, "")
     return lines
 
 

@@ -76,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != TRACEBACK]
     before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        app(args=words, prog_name="loftq")
+        with warnings.catch_warnings():
+            # What libraries tell their callers of coming changes is nothing a user could act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            app(args=words, prog_name="loftq")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else FAILED
     except EXPECTED as error:

@@ -112,11 +112,11 @@ def answer(
                 generation_config=_generation_config(sampling, stops, tokenizer),
                 streamer=streamer,
             )
+            streamer.finish()
         except KeyboardInterrupt:
             if not interruptible:
                 raise
             interrupted = True
-    streamer.finish()
     ended = "stop" if streamer.ids and streamer.ids[-1] in stops else "length"
     return Answer(
         text=streamer.text,
@@ -202,8 +202,8 @@ class _Streamer(BaseStreamer):
             self.first = self.last
         old, new = self._decoded(self._window, self._read), self._decoded(self._window, None)
         if len(new) > len(old) and not new.endswith(UNFINISHED):
-            self._say(new[len(old) :])
             self._window, self._read = self._read, len(self.ids)
+            self._say(new[len(old) :])
 
     def end(self) -> None:
         """Called by `generate`."""
@@ -211,8 +211,8 @@ class _Streamer(BaseStreamer):
     def finish(self) -> None:
         """Say what was held back, such as a character cut off by the limit."""
         old, new = self._decoded(self._window, self._read), self._decoded(self._window, None)
-        self._say(new[len(old) :])
         self._window = self._read = len(self.ids)
+        self._say(new[len(old) :])
 
     def _say(self, piece: str) -> None:
         if piece:
