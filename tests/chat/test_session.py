@@ -9,6 +9,7 @@ import torch
 import loftq
 import zoo
 from loftq.chat import Session, open_session, session
+from loftq.integrations import generate
 from loftq.integrations.generate import Sampling
 from loftq.nn import packed_layers
 from spoken import word_tokenizer
@@ -44,16 +45,18 @@ def test_draws_differ_from_turn_to_turn_and_repeat_from_session_to_session(work:
     assert len(set(said[0])) > 1
 
 
-def test_a_full_context_cuts_the_answer_and_says_so(work: Path) -> None:
+def test_a_full_context_cuts_the_answer_and_says_so(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "stop_tokens", lambda model, tokenizer: [])
     talk = talker(work)
     context = talk.opened.context
     assert context is not None
     talk.sampling = replace(talk.sampling, max_new_tokens=10 * context)
     talk.opened.model.generation_config.eos_token_id = None
     reply = talk.reply("one " * (context - 12))
-    if reply.answer.ended == "length":
-        assert reply.context_full
-        assert reply.answer.prompt_tokens + reply.answer.tokens == context
+    assert (reply.answer.ended, reply.context_full) == ("length", True)
+    assert reply.answer.prompt_tokens + reply.answer.tokens == context
     talk.sampling = replace(talk.sampling, max_new_tokens=2)
     again = talk.reply("two")
     assert again.forgotten == 1
