@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-COMPAT_FOLDERS = ("integrations", "nn")
+COMPAT_FOLDERS = ("chat", "integrations", "nn")
 """Rooms that meet transformers: their tests run again with the oldest supported version."""
 
 

@@ -26,9 +26,10 @@ ORDER = (
     ("api",),
     ("train", "eval"),
     ("report",),
+    ("chat",),
     ("lab",),
     ("cli",),
-    ("__main__",),
+    ("__main__", "run", "_startup"),
 )
 """A room imports only from rooms of earlier rows; those of one row do not know each other."""
 

@@ -11,6 +11,7 @@ import torch
 
 from loftq.checkpoint import Checkpoint, open_checkpoint
 from loftq.integrations import artifact, discover, memory
+from loftq.integrations.device import check_device, default_device
 from loftq.integrations.export import export
 from loftq.integrations.greedy import greedy_adapter
 from loftq.integrations.peft import load_adapter
@@ -39,7 +40,7 @@ def plan(
         PlanError: every problem at once.
         ValueError: an unknown option, format or method, or an unusable source.
     """
-    chosen = _device(device)
+    chosen = device or default_device()
     if torch.cuda.is_available() or not chosen.startswith("cuda"):
         check_device(chosen)  # else it is a plan for another machine
     return _prepare(model, chosen, max_shard_bytes, options)[2]
@@ -77,7 +78,7 @@ def quantize(
         ValueError: bad options, an unusable source, a NaN in a weight, output = input; each
             message names the tensor or file and the remedy.
     """
-    chosen = _device(device)
+    chosen = device or default_device()
     check_device(chosen)
     folder, source, planned = _prepare(model, chosen, max_shard_bytes, options)
     target = Path(output)
@@ -160,22 +161,6 @@ def _prepare(
     )
     planned = make_plan(config, layout, source, device=device, max_shard_bytes=max_shard_bytes)
     return folder, source, planned
-
-
-def _device(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or cannot use here, before anything is written."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={device!r}: torch cannot use it here ({reason}). Choose cpu, or see what "
-            "`loftq doctor` finds."
-        ) from error
 
 
 def _check_output(source: Path, output: Path, *, overwrite: bool) -> None:

@@ -104,14 +104,14 @@ def test_bad_input_is_one_clear_error(
 
 
 def test_a_gpu_without_bfloat16_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loftq.cli.eval import _check_bfloat16
+    from loftq.integrations.device import check_bfloat16
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"Tesla T4 has no bfloat16.*dtype=float16"):
-        _check_bfloat16(torch.bfloat16, torch.device("cuda"))
-    _check_bfloat16(torch.float16, torch.device("cuda"))
-    _check_bfloat16(torch.bfloat16, torch.device("cpu"))
+        check_bfloat16(torch.bfloat16, torch.device("cuda"))
+    check_bfloat16(torch.float16, torch.device("cuda"))
+    check_bfloat16(torch.bfloat16, torch.device("cpu"))
 
 
 def test_an_infinite_perplexity_is_null_in_json(

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from loftq.cli.chat import KEYS
 from loftq.cli.main import app
 from loftq.cli.options import SHARD_BYTES, keys
+from loftq.integrations.generate import Sampling
 from loftq.pipeline.config import QuantizeConfig
 
 PAGE = (Path(__file__).parents[2] / "docs/cli.md").read_text()
@@ -19,6 +21,7 @@ VERBS = {
     "quantize": ("quantize",),
     "inspect": ("inspect",),
     "eval ppl": ("eval", "ppl"),
+    "chat": ("chat",),
     "doctor": ("doctor",),
     "lab": ("lab", "demo"),
 }
@@ -42,6 +45,14 @@ def test_every_flag_of_a_verb_is_in_its_section(title: str) -> None:
 def test_every_key_is_listed() -> None:
     text = section("quantize")
     assert [key for key in keys() if f"`{key}`" not in text] == []
+
+
+def test_every_key_of_chat_is_listed_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)=` \| (.*?) \|", section("chat"), re.MULTILINE))
+    assert set(rows) == set(KEYS)
+    for field in fields(Sampling):
+        if field.name in rows:  # seed is a flag
+            assert float(rows[field.name]) == field.default
 
 
 def test_the_defaults_of_keys_are_those_of_the_configuration() -> None:

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from loftq.integrations.metrics import read_metrics
+from loftq.integrations.metrics import loss_unit, read_metrics
 from trained_run import rows
 
 
@@ -40,3 +40,8 @@ def test_a_lost_validation_loss_is_never_the_best(tmp_path: Path) -> None:
     metrics = read_metrics(write(tmp_path / "m", '{"step": 1, "validation_loss": NaN}'))
     assert math.isnan(metrics.validation[0]["validation_loss"])
     assert metrics.best is None
+
+
+def test_preferences_are_scored_by_the_pair() -> None:
+    units = [loss_unit(data) for data in ({"format": "preference"}, {"format": "messages"}, {})]
+    assert units == ["nats per pair", "nats per token", "nats per token"]

@@ -52,6 +52,26 @@ def test_the_extras_are_those_of_the_package() -> None:
         assert tuple(requirements(line[1])) == packages
 
 
+def test_what_a_verb_takes_is_what_its_extra_brings() -> None:
+    text = PROJECT.read_text()
+    for verb, packages in module.VERBS.items():
+        line = re.search(rf"^{verb} = (\[.*?\])", text, re.MULTILINE)
+        wanted = requirements(line[1]) if line else {}
+        assert {name: f">={oldest}" for name, (oldest, _) in packages.items()} == wanted
+
+
+def test_a_verb_works_or_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"trl": "1.15.2", "jinja2": "3.1"}
+    monkeypatch.setattr(module, "_version", versions.get)
+    names = found(list(module._verbs()))
+    assert names["loftq chat"].status == "ok"
+    assert re.fullmatch("works here, on the (CPU|GPU)", names["loftq chat"].found)
+    assert names["loftq train"].status == "info"
+    assert names["loftq train"].found == "needs trl>=1.16 (found 1.15.2), datasets>=4"
+    assert names["loftq train"].advice == "pip install 'loftq[train]'"
+    assert names["report pages"].found == "needs matplotlib>=3.9"
+
+
 @pytest.mark.parametrize(
     ("version", "inside"),
     [
@@ -128,6 +148,24 @@ def test_a_gpu_is_named_with_its_memory_and_bfloat16(
     bfloat16 = names["gpu 0 bfloat16"]
     assert bfloat16.status == ("ok" if native else "warn")
     assert ("dtype=torch.float16" in bfloat16.advice) is not native
+
+
+@pytest.mark.parametrize("why", ["", "triton is not installed"])
+def test_a_gpu_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    from loftq.ops import dispatch
+
+    torch = FakeTorch(native=True)
+    torch.device = lambda kind, index: f"{kind}:{index}"
+    torch.cuda.get_device_capability = lambda index: (9, 0)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda device: why)
+    (kernels,) = module._kernels()
+    assert kernels.name == "gpu 0 kernels"
+    if why:
+        assert (kernels.status, kernels.found) == ("warn", f"plain PyTorch: {why}")
+        assert kernels.advice
+    else:
+        assert (kernels.status, kernels.found) == ("ok", "Triton, compute capability 9.0")
 
 
 def test_a_cpu_build_beside_a_driver_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

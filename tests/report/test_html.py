@@ -127,6 +127,15 @@ def test_what_is_missing_is_said_on_the_page(packed: Path) -> None:
     assert 'id="spectrum-1"' not in text
 
 
+def test_losses_of_preferences_count_by_the_pair(run: Path) -> None:
+    data = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**data, "format": "preference"}))
+    text = write_report(run).read_text()
+    assert "loss (nats per pair)" in text
+    assert "mean over the pairs" in text
+    assert "nats per token" not in text
+
+
 def test_a_run_without_losses_or_samples_still_gives_a_page(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
     (run / "samples.json").unlink()

@@ -12,8 +12,6 @@ from loftq.cli import console, options
 if TYPE_CHECKING:
     from torch import nn
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
 app = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -79,6 +77,8 @@ def _batch(value: str) -> int:
 
 
 def _dtype(value: str) -> str:
+    from loftq.integrations.causal import DTYPES
+
     if value not in DTYPES:
         raise ValueError(f"expected one of {', '.join(DTYPES)}")
     return value
@@ -90,73 +90,18 @@ def _load(
     """The model with its adapter, its tokenizer, and what to say about them."""
     import sys
 
-    import torch
     from transformers.utils import logging
 
-    from loftq import api
-    from loftq.integrations import discover
-    from loftq.integrations.peft import load_adapter
+    from loftq.integrations.causal import open_causal
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    folder = discover.resolve_source(path)
-    chosen = adapter or ("init_adapter" if _is_packed(folder) else "none")
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    api.check_device(name)
-    where = torch.device(name)
-    tokenizer = _tokenizer(folder)
-    base = api.load_base(folder, dtype=dtype)
-    _check_causal(folder, base)
-    model: nn.Module = base
-    if chosen != "none":
-        model = load_adapter(base, folder / "init_adapter" if adapter is None else adapter)
-    _check_bfloat16(base.dtype, where)
+    opened = open_causal(path, adapter=adapter, device=device, dtype=dtype, allow_bare=True)
+    chosen = adapter or ("none" if opened.adapter is None else opened.adapter.name)
     about = {
         "model": path,
         "adapter": chosen,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": str(where),
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "device": str(opened.device),
     }
-    return model.to(where), tokenizer, about
-
-
-def _is_packed(folder: Path) -> bool:
-    from loftq.integrations.source import quantization_method, read_config
-
-    return quantization_method(read_config(folder)) == "loftq"
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # each tokenizer class fails in its own way
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be loaded ({reason[0] if reason else error!r}). Copy "
-            "the tokenizer files of the original model there."
-        ) from error
-
-
-def _check_causal(folder: Path, model: nn.Module) -> None:
-    from loftq.integrations.discover import task_type
-
-    kind = type(model).__name__
-    if task_type(kind) != "CAUSAL_LM":
-        raise ValueError(
-            f"{folder}: {kind} is not a causal language model, so it has no perplexity of this "
-            "kind. Give a model for text generation."
-        )
-
-
-def _check_bfloat16(dtype: Any, device: Any) -> None:
-    import torch
-
-    if dtype != torch.bfloat16 or device.type != "cuda":
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16, in which this model is stored. "
-            "Add dtype=float16, or dtype=float32 for twice the memory."
-        )
+    return opened.model, opened.tokenizer, about

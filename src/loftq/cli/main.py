@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from loftq import __version__
+from loftq.cli.chat import chat
 from loftq.cli.doctor import doctor
 from loftq.cli.eval import app as eval_app
 from loftq.cli.export import export
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command(short_help="Say what quantizing would take and give; reads headers only.")(plan)
 app.command(short_help="Quantize a model: packed weights and the adapter start.")(quantize)
 app.add_typer(eval_app, name="eval", short_help="Score a model: perplexity.")
+app.command(short_help="Talk to a run or an output.")(chat)
 app.command(short_help="Lay an output out for another engine.")(export)
 app.command(short_help="Show what an output holds, and verify it.")(inspect)
 app.command(short_help="Check this machine: packages, GPU, disk, memory.")(doctor)
@@ -74,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != TRACEBACK]
     before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        app(args=words, prog_name="loftq")
+        with warnings.catch_warnings():
+            # What libraries tell their callers of coming changes is nothing a user could act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            app(args=words, prog_name="loftq")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else FAILED
     except EXPECTED as error:

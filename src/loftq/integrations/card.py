@@ -17,7 +17,7 @@ import yaml
 
 from loftq import __version__
 from loftq.formats import parse_format
-from loftq.integrations.metrics import Metrics, read_metrics
+from loftq.integrations.metrics import Metrics, loss_unit, read_metrics
 from loftq.integrations.run_folder import RunFolder
 from loftq.pipeline.config import QuantizeConfig
 
@@ -198,17 +198,17 @@ def backbone_repo(folder: Path) -> str | None:
 
 
 def _results(run: RunFolder, metrics: Metrics) -> dict[str, str]:
-    rows, best = {}, metrics.best
+    data = _json(run.data)
+    rows, best, unit = {}, metrics.best, loss_unit(data)
     if best is not None:
         first = metrics.validation[0]
         was = f"; {first['validation_loss']:.4f} at step {first['step']:g}"
-        rows["best validation loss, nats per token"] = (
+        rows[f"best validation loss, {unit}"] = (
             f"{best['validation_loss']:.4f} at step {best['step']:g}{'' if first is best else was}"
         )
     if metrics.train:
         last = metrics.train[-1]
-        rows["training loss, nats per token"] = f"{last['loss']:.4f} at step {last['step']:g}"
-    data = _json(run.data)
+        rows[f"training loss, {unit}"] = f"{last['loss']:.4f} at step {last['step']:g}"
     for key, words in (
         ("rows", "examples"),
         ("tokens", "tokens"),

@@ -27,6 +27,11 @@ class Metrics:
         return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
+def loss_unit(data: Mapping[str, Any]) -> str:
+    """What the losses of a run count, by data.json: preferences are scored by the pair."""
+    return "nats per pair" if data.get("format") == "preference" else "nats per token"
+
+
 def read_metrics(path: Path) -> Metrics:
     """metrics.jsonl: rows of training, rows of validation, the summary."""
     train: dict[float, Mapping[str, Any]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from loftq.integrations.metrics import Metrics, read_metrics
+from loftq.integrations.metrics import Metrics, loss_unit, read_metrics
 from loftq.integrations.run_folder import RunFolder, open_run
 from loftq.report.grid import ErrorGrid, error_grid
 from loftq.report.inspect import InspectReport, inspect_output
@@ -58,6 +58,11 @@ class Training:
     memory: Mapping[str, int]
     """Predicted bytes at the peak, by part."""
     measured_peak: int | None
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses count."""
+        return loss_unit(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,12 @@ EXTRAS = {
     "demo": ("gguf",),
 }
 """Extra -> packages it brings; as in pyproject.toml."""
+VERBS: Mapping[str, Mapping[str, tuple[str, str | None]]] = {
+    "chat": {},
+    "train": {"trl": ("1.16", None), "datasets": ("4", None)},
+    "report": {"jinja2": ("3.1", None), "matplotlib": ("3.9", None)},
+}
+"""What a user may want to do -> packages that it takes beyond the required ones."""
 PYTHON = (3, 10)
 LITTLE_DISK, LITTLE_MEMORY = 10 * 2**30, 4 * 2**30
 
@@ -59,7 +65,16 @@ def doctor(folder: Path | None = None) -> list[Check]:
         folder: where outputs would be written; None = the current folder.
     """
     checks: list[Check] = []
-    for look in (_python, _packages, _devices, lambda: _disk(folder), _memory, _extras):
+    for look in (
+        _python,
+        _packages,
+        _devices,
+        _kernels,
+        lambda: _disk(folder),
+        _memory,
+        _verbs,
+        _extras,
+    ):
         checks += _guarded(look)
     return checks
 
@@ -192,6 +207,22 @@ def _gpu(torch: Any, index: int) -> Iterator[Check]:
         )
 
 
+def _kernels() -> Iterator[Check]:
+    import torch
+
+    from loftq.ops.dispatch import why_no_triton
+
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        why = why_no_triton(torch.device("cuda", index))
+        major, minor = torch.cuda.get_device_capability(index)
+        yield Check(
+            name=f"gpu {index} kernels",
+            status="warn" if why else "ok",
+            found=f"plain PyTorch: {why}" if why else f"Triton, compute capability {major}.{minor}",
+            advice="everything works, slower; install triton or update the driver" if why else "",
+        )
+
+
 def _disk(folder: Path | None) -> Iterator[Check]:
     place = Path.cwd() if folder is None else folder
     free = shutil.disk_usage(place).free
@@ -242,6 +273,33 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
     cache = re.search(r"^inactive_file (\d+)", statistics, re.MULTILINE)  # given back on demand
     return max(0, limit - used + (int(cache[1]) if cache else 0))
+
+
+def _verbs() -> Iterator[Check]:
+    """What can be done here, and on which device."""
+    import torch
+
+    where = "on the GPU" if torch.cuda.is_available() else "on the CPU"
+    for verb, packages in VERBS.items():
+        lacking = [
+            wanted for name, range_ in packages.items() if (wanted := _lacking(name, range_))
+        ]
+        works = "works here" if verb == "report" else f"works here, {where}"
+        yield Check(
+            name="report pages" if verb == "report" else f"loftq {verb}",
+            status="info" if lacking else "ok",
+            found=f"needs {', '.join(lacking)}" if lacking else works,
+            advice=f"pip install 'loftq[{verb}]'" if lacking else "",
+        )
+
+
+def _lacking(name: str, range_: tuple[str, str | None]) -> str:
+    """The requirement that is not met, or ""."""
+    oldest, too_new = range_
+    found = _version(name)
+    if found is not None and in_range(found, oldest, too_new):
+        return ""
+    return f"{name}>={oldest}" + ("" if found is None else f" (found {found})")
 
 
 def _extras() -> Iterator[Check]:

@@ -55,7 +55,7 @@ def _training_tiles(training: Training) -> list[Tile]:
     if best is not None:
         first = metrics.validation[0]
         was = "" if first is best else f"{first['validation_loss']:.4f} at step {first['step']:g}; "
-        note = f"{was}best at step {best['step']:g}, nats per token"
+        note = f"{was}best at step {best['step']:g}, {training.loss_unit}"
         found.append(Tile("Validation loss", f"{best['validation_loss']:.4f}", note))
     rows = metrics.train
     if rows:

@@ -103,7 +103,7 @@ def _drawings(facts: Facts) -> dict[str, list[Any]]:
                                              "spectra": []}  # fmt: skip
     training, backbone = facts.training, facts.backbone
     if training is not None and training.metrics.train:
-        found["loss"].append(plots.loss_drawing(training.metrics))
+        found["loss"].append(plots.loss_drawing(training.metrics, training.loss_unit))
     if training is not None and training.memory:
         found["memory"].append(plots.memory_drawing(training.memory, training.measured_peak))
     if backbone is not None:

@@ -121,8 +121,8 @@ def spectrum_drawing(spectrum: Spectrum, number: int) -> Drawing:
     return _drawing(figure, f"spectrum-{number}", caption)
 
 
-def loss_drawing(metrics: Metrics) -> Drawing:
-    """Training and validation loss over the steps."""
+def loss_drawing(metrics: Metrics, unit: str) -> Drawing:
+    """Training and validation loss over the steps; `unit` is what a loss counts."""
     from matplotlib.ticker import MaxNLocator
 
     with _style():
@@ -139,11 +139,12 @@ def loss_drawing(metrics: Metrics) -> Drawing:
         if best is not None:
             at = (best["step"], best["validation_loss"])
             axes.plot(*at, marker="o", ms=9, mfc="none", mec=ORANGE, ls="none", label="best")
-        axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
+        axes.set(xlabel="optimizer steps", ylabel=f"loss ({unit})")
         axes.grid(axis="y")
         axes.legend(loc="upper right")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    caption = "Loss while training: mean over the trained tokens."
+    over = "pairs" if unit.endswith("pair") else "trained tokens"
+    caption = f"Loss while training: mean over the {over}."
     if best is not None:
         caption += f" Best validation loss {best['validation_loss']:.4f} at step {best['step']:g}."
     return _drawing(figure, "loss", caption)
