@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loftq.ops.reference import NESTED_RUN, SCALE_DTYPES, decode_scales, dynamic_map
+from loftq.ops.reference import NESTED_RUN, SCALE_DTYPES, decode_scales, dynamic_map_on
 
 __all__ = ["decode_scales", "encode_scales", "round_trip_scales"]
 
@@ -37,7 +37,7 @@ def encode_scales(scales: Tensor, coding: str) -> tuple[Tensor, Tensor | None]:
     runs = runs.view(-1, NESTED_RUN)
     absmax = runs.abs().amax(-1)
     unit = runs / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    table = dynamic_map(scales.device)
+    table = dynamic_map_on(scales.device)
     codes = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
     codes = codes.flatten()[: flat.numel()].to(torch.uint8).view(scales.shape)
     constants = torch.cat([offset[None], absmax])
