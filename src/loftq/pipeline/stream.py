@@ -22,7 +22,6 @@ from loftq.methods import LayerProblem, LayerSolution
 from loftq.pipeline.layout import LayerInfo
 from loftq.pipeline.plan import SOLVED_AT_ONCE, Batch, Plan, Source
 
-
 LARGEST = 1e15  # magnitude of a weight: the squares of a whole matrix still add up in float32
 
 
