@@ -58,7 +58,8 @@ def show(title: str, rows: Sequence[tuple[str, int, float]]) -> None:
 
 
 def eigh_seconds(device: str, size: int, stack: int = 8, repeats: int = 5) -> float:
-    """Seconds of one float32 eigenproblem of a stack, on the host or the device."""
+    """Seconds of one float32 eigenproblem of a stack, on one thread of the host or the device."""
+    torch.set_num_threads(1)
     G = torch.randn(stack, size, size, device=device)
     G = G @ G.mT
     torch.linalg.eigh(G)
