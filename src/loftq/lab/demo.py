@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from loftq.lab.rows import Bench, Row
 
-STEPS = 10
+STEPS = 12
 TUNING_CONTEXT = 128
 EVALUATION_CONTEXT = 512
 WORK = "loftq-demo"
