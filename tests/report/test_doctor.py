@@ -78,7 +78,7 @@ def test_missing_and_old_packages_fail_with_the_command(monkeypatch: pytest.Monk
         return "4.57.1" if name == "transformers" else real(name)
 
     real = metadata.version
-    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr(module.metadata, "version", version)
     names = found(doctor())
     assert names["peft"].status == "fail"
     assert names["peft"].advice == "pip install 'peft>=0.21'"

@@ -8,10 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from loftq.integrations.engines import in_range, version
 
 REQUIRED = {
     "torch": ("2.11", None),
@@ -87,7 +86,7 @@ def _python() -> Iterator[Check]:
 
 def _packages() -> Iterator[Check]:
     for name, (oldest, too_new) in REQUIRED.items():
-        found = version(name)
+        found = _version(name)
         wanted = f"{name}>={oldest}" + (f",<{too_new}" if too_new else "")
         advice = f"pip install '{wanted}'"
         if found is None:
@@ -96,6 +95,27 @@ def _packages() -> Iterator[Check]:
             yield Check(name=name, status="fail", found=found, advice=advice)
         else:
             yield Check(name=name, status="ok", found=found)
+
+
+def in_range(version: str, oldest: str, too_new: str | None) -> bool:
+    """Whether oldest <= version < too_new by release numbers; 2.13.0+cpu counts as 2.13.0."""
+    release = _release(version)
+    return _release(oldest) <= release and (too_new is None or release < _release(too_new))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    release = [int(part) for part in numbers[0].split(".")] if numbers else []
+    while release and release[-1] == 0:
+        release.pop()
+    return tuple(release)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _devices() -> Iterator[Check]:
@@ -226,7 +246,7 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 def _extras() -> Iterator[Check]:
     for extra, packages in EXTRAS.items():
-        missing = [package for package in packages if version(package) is None]
+        missing = [package for package in packages if _version(package) is None]
         yield Check(
             name=f"extra {extra}",
             status="info" if missing else "ok",
