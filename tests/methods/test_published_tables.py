@@ -1,4 +1,4 @@
-"""Tables of LoftQ on Gaussian weights, measured with the papers' own code, against `loftq-paper`."""
+"""LoftQ on Gaussian weights against tables that were measured apart from this code."""
 
 import pytest
 import torch
