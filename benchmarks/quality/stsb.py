@@ -14,10 +14,10 @@ import gzip
 import json
 from pathlib import Path
 
+from packed import pack
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-import loftq
 from loftq.eval.similarity import similarity_score
 
 FORMATS = ("nf4", "nf3", "nf2", "snf4", "snf3", "snf2", "int4", "int3", "int2", "sint4", "sint3",
@@ -44,8 +44,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pairs, labels = read_pairs(args.data)
-    print("| model | format | fit | method | bits | mean error | Spearman |")
-    print("|---|---|---|---|--:|--:|--:|")
+    print("| model | format | fit | method | bits | mean error | global error | Spearman |")
+    print("|---|---|---|---|--:|--:|--:|--:|")
     for folder in args.models:
         tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -55,24 +55,16 @@ def main() -> None:
         def fresh() -> object:
             return AutoModel.from_pretrained(folder, dtype="float32").eval().to(args.device)  # noqa: B023
 
-        print(f"| {folder.name} | reference | - | - | - | 0 | {score(fresh())} |", flush=True)
+        print(f"| {folder.name} | reference | - | - | - | 0 | 0 | {score(fresh())} |", flush=True)
         for name in args.formats:
             for fit in args.fits:
                 for method in args.methods:
-                    records: list[dict] = []
-                    model = loftq.quantize_model(
-                        fresh(),
-                        format=name,
-                        scale_fit=fit,
-                        method=method,
-                        rank=args.rank,
-                        on_batch=lambda _batch, found, _done: records.extend(found),  # noqa: B023
-                    ).eval()
-                    error = sum(r["error"] for r in records) / len(records)
-                    bits = sum(r["bits_per_weight"] for r in records) / len(records)
+                    packed = pack(
+                        fresh(), format=name, scale_fit=fit, method=method, rank=args.rank
+                    )
                     print(
-                        f"| {folder.name} | {name} | {fit} | {method} r{args.rank} | {bits:.3f} | "
-                        f"{error:.4f} | {score(model)} |",
+                        f"| {folder.name} | {name} | {fit} | {method} r{args.rank} | "
+                        f"{packed.bits:.3f} | {packed.errors} | {score(packed.model)} |",
                         flush=True,
                     )
 

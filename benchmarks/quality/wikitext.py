@@ -10,13 +10,12 @@ of them, float32.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
+from packed import pack
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import loftq
 from loftq.eval import perplexity, read_text
 
 ROWS = (
@@ -51,27 +50,16 @@ def main() -> None:
         found = perplexity(model, ids, context=2048, windows=args.windows, batch=4)
         return f"{found.perplexity:.4g} | {found.windows}"
 
-    print("| method | format | fit | rank | bits | mean error | seconds | perplexity | windows |")
-    print("|---|---|---|--:|--:|--:|--:|--:|--:|")
-    print(f"| reference | - | - | - | - | 0 | - | {score(fresh())} |", flush=True)
+    errors = "mean error | global error"
+    print(f"| method | format | fit | rank | bits | {errors} | seconds | perplexity | windows |")
+    print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(f"| reference | - | - | - | - | 0 | 0 | - | {score(fresh())} |", flush=True)
     for row in args.rows:
         method, name, fit, rank = row.split(":")
-        records: list[dict] = []
-        start = time.perf_counter()
-        model = loftq.quantize_model(
-            fresh(),
-            method=method,
-            format=name,
-            scale_fit=fit,
-            rank=int(rank),
-            on_batch=lambda _batch, found, _done: records.extend(found),  # noqa: B023
-        ).eval()
-        seconds = time.perf_counter() - start
-        error = sum(r["error"] for r in records) / len(records)
-        bits = sum(r["bits_per_weight"] for r in records) / len(records)
+        packed = pack(fresh(), method=method, format=name, scale_fit=fit, rank=int(rank))
         print(
-            f"| {method} | {name} | {fit} | {rank} | {bits:.3f} | {error:.4f} | {seconds:.1f} | "
-            f"{score(model)} |",
+            f"| {method} | {name} | {fit} | {rank} | {packed.bits:.3f} | {packed.errors} | "
+            f"{packed.seconds:.1f} | {score(packed.model)} |",
             flush=True,
         )
 

@@ -3,9 +3,11 @@
     python benchmarks/quantize/seven_b.py FOLDER [--device cuda] [--formats nf4 nf2] [--fits mse]
         [--layers 32]
 
-FOLDER/source is made first if missing (13.5 GB in bf16). `wall` is `loftq.quantize` from call to
-return with reading and writing; `compute` its solves; `anonymous` the largest RssAnon of this
-process during the call, less that before it.
+FOLDER/source is made first if missing (13.5 GB in bf16, left in the page cache). Each row is a
+process of its own: `process` is all of it, from the interpreter's start to its exit; `wall` is
+`loftq.quantize` from call to return with reading and writing; `compute` its solves; `anonymous` the
+largest RssAnon during the call, less that before it. For what fills the compute see
+profile_solve.py.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -98,6 +102,38 @@ class PeakMemory:
             time.sleep(0.02)
 
 
+def measure(source: Path, output: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Quantize once in this process; seconds, GB and the mean error."""
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        result = loftq.quantize(
+            source,
+            output,
+            format=options.formats[0],
+            scale_fit=options.fits[0],
+            rank=options.rank,
+            device=options.device,
+        )
+    wall = time.perf_counter() - start
+    cuda = options.device.startswith("cuda")
+    return {
+        "wall": wall,
+        "compute": result.timings["solve"],
+        "anonymous": (memory.peak - memory.start) / 1e9,
+        "gpu": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
+        "error": sum(r["error"] for r in result.records) / len(result.records),
+    }
+
+
+def in_new_process(args: argparse.Namespace, name: str, fit: str) -> dict[str, float]:
+    """One row, measured in a process of its own, and that process' seconds."""
+    command = [sys.executable, __file__, str(args.folder), "--device", args.device]
+    command += ["--formats", name, "--fits", fit, "--rank", str(args.rank), "--one"]
+    start = time.perf_counter()
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {"process": time.perf_counter() - start, **json.loads(answer.splitlines()[-1])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -106,32 +142,27 @@ def main() -> None:
     parser.add_argument("--fits", nargs="+", default=("mse", "absmax"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--one", action="store_true", help="measure the first row here, as JSON")
     args = parser.parse_args()
-    source = args.folder / "source"
+    source, output = args.folder / "source", args.folder / "out"
+    if args.one:
+        print(json.dumps(measure(source, output, args)))
+        return
     if not source.exists():
         make_source(source, args.layers, args.device)
-    print("| format | fit | wall, s | compute, s | anonymous, GB | GPU peak, GB | mean error |")
-    print("|---|---|--:|--:|--:|--:|--:|")
+        if args.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    columns = ("process", "wall", "compute", "anonymous", "gpu", "error")
+    titles = ("process, s", "wall, s", "compute, s", "anonymous, GB", "GPU peak, GB", "mean error")
+    print(f"| format | fit | {' | '.join(titles)} |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
     for name in args.formats:
         for fit in args.fits:
-            output = args.folder / "out"
             shutil.rmtree(output, ignore_errors=True)
-            if args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            with PeakMemory() as memory:
-                result = loftq.quantize(
-                    source, output, format=name, scale_fit=fit, rank=args.rank, device=args.device
-                )
-            wall = time.perf_counter() - start
-            error = sum(r["error"] for r in result.records) / len(result.records)
-            gpu = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else 0.0
-            print(
-                f"| {name} | {fit} | {wall:.1f} | {result.timings['solve']:.1f} | "
-                f"{(memory.peak - memory.start) / 1e9:.2f} | {gpu:.1f} | {error:.4f} |",
-                flush=True,
-            )
-    shutil.rmtree(args.folder / "out", ignore_errors=True)
+            row = in_new_process(args, name, fit)
+            numbers = " | ".join(f"{row[key]:.{4 if key == 'error' else 2}f}" for key in columns)
+            print(f"| {name} | {fit} | {numbers} |", flush=True)
+    shutil.rmtree(output, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -
     assert refused.code == 1
     assert "expert tensors" in refused.err
     assert "--allow-uncovered" in refused.err
+    assert "would stay 16-bit (expert tensors)." in refused.err  # not what stays by choice
     allowed = loftq("plan", folder, "--rank", 2, "--allow-uncovered")
     assert allowed.code == 0
     assert "expert tensors: cannot be packed yet" in allowed.out

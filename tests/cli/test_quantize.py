@@ -163,6 +163,12 @@ def put_nan(model: Path) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
+def put_huge(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights[WEIGHT][3, 4] = 1e25
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
 def truncate(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
@@ -197,6 +203,7 @@ def alone(model: Path) -> None:
     ("damage", "words", "messages"),
     [
         (put_nan, [], [WEIGHT, "1 of 3600 values are NaN or infinite", "skip="]),
+        (put_huge, [], [WEIGHT, "1 of 3600 values are", "beyond 1e+15", "skip="]),
         (truncate, [], ["model.safetensors"]),
         (lambda m: index(m, "../part.safetensors"), [], ["../part.safetensors"]),
         (lambda m: index(m, "gone.safetensors"), [], ["gone.safetensors"]),

@@ -21,6 +21,14 @@ def test_storing_decoded_scales_again_is_idempotent(coding, shape):
     assert relative < {"dq": 0.02, "f16": 1e-3, "bf16": 8e-3, "f32": 1e-9}[coding]
 
 
+@pytest.mark.parametrize("coding", ["dq", "f16", "bf16", "f32"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (131, 33)])
+def test_a_stack_is_coded_matrix_by_matrix(coding, shape):
+    stack = torch.stack([10.0**seed * scales(*shape, seed) for seed in range(3)])
+    alone = [decode_scales(*encode_scales(one, coding), coding) for one in stack]
+    assert torch.equal(round_trip_scales(stack, coding), torch.stack(alone))
+
+
 def test_nested_coding_equals_bitsandbytes_to_the_bit():
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     absmax = scales(64, 16)

@@ -209,8 +209,7 @@ class CodebookGrid(_GroupedGrid):
         table = _lookup(self.levels, x.device)
         kernel = search_kernel(x)
         if kernel is not None:
-            ratios = torch.tensor(SEARCH[self.bits], device=x.device)
-            return kernel(x.contiguous(), widest, table.levels, ratios)
+            return kernel(x.contiguous(), widest, table.levels, _ratios(self.bits, x.device))
         unit = x / widest[:, None]
         best = best_error = None
         for ratio in SEARCH[self.bits]:
@@ -269,6 +268,11 @@ class _Lookup:
 @lru_cache(maxsize=32)
 def _lookup(levels: tuple[float, ...], device: torch.device) -> _Lookup:
     return _Lookup(levels, device)
+
+
+@lru_cache
+def _ratios(bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(SEARCH[bits], device=device)
 
 
 class IntegerGrid(_GroupedGrid):

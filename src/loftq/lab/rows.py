@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RANK = 16
 LEARNING_RATE = 2e-3
-EVAL_WINDOWS = 3
+EVAL_WINDOWS = 2
 PROMPT = "When the moon is full,"
 NEW_TOKENS = 24
 

@@ -132,13 +132,16 @@ def orthonormalize(Y: Tensor) -> Tensor:
     """Orthonormal columns with the span of Y: CholeskyQR twice, its Gram matrices in float64.
 
     Columns are normalized first; a column that is numerically dependent on the others is replaced
-    by jitter of 1e-12, which keeps the factorization defined.
+    by jitter of 1e-12, which keeps the factorization defined for every finite Y. So nothing is
+    checked here, which would make a GPU wait for the host; of an infinite Y comes NaN. The small
+    factor is inverted, since a product with it is many times faster on a GPU than a solve of the
+    long columns, and the second round takes care of what that costs in accuracy.
     """
     Y = (Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(1e-30)).double()
-    jitter = 1e-12 * torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
+    eye = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
     for _ in range(2):
-        lower = torch.linalg.cholesky(Y.mT @ Y + jitter)
-        Y = torch.linalg.solve_triangular(lower.mT, Y, upper=True, left=False)
+        lower, _ = torch.linalg.cholesky_ex(Y.mT @ Y + 1e-12 * eye)
+        Y = Y @ torch.linalg.solve_triangular(lower, eye, upper=False).mT
     return Y.float()
 
 

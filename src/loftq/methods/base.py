@@ -133,6 +133,8 @@ class Method:
         lora_B, lora_A = factors.B / root, factors.A / root
         values = found.rounded.decode()
         quantized = tuple(found.rounded.pack(i) for i in range(len(W)))
+        plain, kept = found.plain_error.tolist(), found.kept.tolist()
+        errors = found.errors.mT.tolist()
         records = tuple(
             LayerRecord(
                 name=name,
@@ -142,10 +144,10 @@ class Method:
                 rank=problem.rank,
                 scaling=problem.scaling,
                 solver=self.solver,
-                plain_error=found.plain_error[i].item(),
+                plain_error=plain[i],
                 error=relative_error(W[i], values[i], lora_B[i], lora_A[i], problem.scaling),
-                errors=tuple(found.errors[:, i].tolist()),
-                kept=int(found.kept[i]),
+                errors=tuple(errors[i]),
+                kept=kept[i],
                 bits_per_weight=spec.bits_per_weight(W.shape[1], W.shape[2]),
             )
             for i, name in enumerate(problem.names)

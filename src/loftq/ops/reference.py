@@ -63,6 +63,12 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(_dynamic_map_values(), dtype=torch.float32, device=device)
 
 
+@lru_cache
+def dynamic_map_on(device: torch.device) -> Tensor:
+    """The same, made once for each device: a GPU waits for the host when one is made. Read only."""
+    return dynamic_map(device)
+
+
 def view_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as numbers. Bytes read from a file may start at an odd place of their storage."""
     stored = stored.contiguous()
@@ -82,7 +88,7 @@ def decode_scales(scale: Tensor, nested: Tensor | None, coding: str) -> Tensor:
     assert nested is not None
     constants = view_bytes(nested, torch.float32)
     run = torch.arange(scale.numel(), device=scale.device) // NESTED_RUN
-    values = dynamic_map(scale.device)[scale.flatten().long()]
+    values = dynamic_map_on(scale.device)[scale.flatten().long()]
     return (values * constants[1:][run] + constants[0]).view(scale.shape)
 
 

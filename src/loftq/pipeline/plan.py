@@ -20,7 +20,7 @@ from loftq.allocation import assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
 from loftq.pipeline.config import QuantizeConfig
-from loftq.pipeline.layout import LayerInfo, ModelLayout
+from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 SHARD_PREFIX = "loftq"
@@ -281,7 +281,7 @@ def _problems(config: QuantizeConfig, layout: ModelLayout, source: Source) -> li
             )
     missed = 1 - layout.coverage
     if layout.layers and missed > MAX_UNCOVERED and not config.allow_uncovered:
-        reasons = sorted({kept.reason for kept in layout.kept})
+        reasons = sorted({kept.reason for kept in layout.kept} & UNCOVERED)
         problems.append(
             f"{layout.architecture}: {missed:.0%} of the linear weights would stay 16-bit "
             f"({', '.join(reasons)}). Accept that with --allow-uncovered."
