@@ -78,12 +78,32 @@ def test_missing_and_old_packages_fail_with_the_command(monkeypatch: pytest.Monk
         return "4.57.1" if name == "transformers" else real(name)
 
     real = metadata.version
-    monkeypatch.setattr(module.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     names = found(doctor())
     assert names["peft"].status == "fail"
     assert names["peft"].advice == "pip install 'peft>=0.21'"
     assert names["transformers"].found == "4.57.1"
     assert names["transformers"].advice == "pip install 'transformers>=5.17,<6'"
+
+
+def test_packages_that_read_exports_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "vllm":
+            raise metadata.PackageNotFoundError(name)
+        return {"bitsandbytes": "0.43.1", "optimum": "2.1.0"}.get(name) or real(name)
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    names = found(doctor())
+    old = names["reads exports: bitsandbytes"]
+    assert (old.status, old.found) == ("warn", "0.43.1")
+    assert old.advice == (
+        "pip install 'bitsandbytes>=0.46.1' to read bnb exports in transformers here"
+    )
+    assert names["reads exports: optimum"].status == "ok"
+    absent = names["reads exports: vllm"]
+    assert (absent.status, absent.found) == ("info", "not installed")
+    assert "compressed-tensors, gptq, bnb exports in vllm" in absent.advice
 
 
 def test_a_torch_that_does_not_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

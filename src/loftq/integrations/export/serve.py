@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,6 @@ from loftq.integrations.export.adapter import LoraAdapter
 from loftq.integrations.export.job import ADAPTER, Job
 from loftq.pipeline.serving import LORA_RANKS, max_lora_rank
 
-OLDEST = {
-    "bitsandbytes": (0, 43),
-    "compressed-tensors": (0, 15),
-    "gptqmodel": (2, 0),
-    "vllm": (0, 8),
-}
-"""Package -> first release that reads the layout as we write it."""
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -102,22 +94,6 @@ def packed_commands(job: Job, *, dtype: str = "", unpack: bool = False) -> tuple
     served = vllm(job, base=base, adapter=adapter, rank=rank, flags=flags)
     own = transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack)
     return (*served, own)
-
-
-def old_engines(*packages: str) -> list[str]:
-    """Packages installed here that are too old to read the export."""
-    found = []
-    for package in packages:
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-        oldest = OLDEST[package]
-        release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-        if release and release < oldest:
-            wanted = ".".join(map(str, oldest))
-            found.append(f"{package} {version} is installed here and too old: upgrade to {wanted}")
-    return found
 
 
 def pair_limit(lora: LoraAdapter) -> str:

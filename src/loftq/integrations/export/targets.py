@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loftq.checkpoint.export import BitsAndBytes, CompressedTensors, Gguf, Gptq, Layout
+from loftq.integrations.engines import too_old
 from loftq.integrations.export import serve
 from loftq.integrations.export.dense import dense_dtype, write_dense
 from loftq.integrations.export.gguf_file import ADAPTER, MODEL, write_gguf
@@ -50,7 +51,7 @@ def _bnb_limits(job: Job) -> list[str]:
         "vLLM serves it on one GPU: pre-quantized bitsandbytes weights are not split (tensor "
         "parallelism is refused)",
         *_adapter_limits(job),
-        *serve.old_engines("bitsandbytes", "vllm"),
+        *too_old("bnb"),
     ]
 
 
@@ -73,13 +74,7 @@ def _integer_commands(*, unpack: bool) -> Callable[[Job], tuple[Serve, ...]]:
     return commands
 
 
-READERS = {
-    "gptqmodel": "transformers reads it with the packages gptqmodel and optimum",
-    "compressed-tensors": "transformers unpacks the layers as it loads: no memory is saved there",
-}
-
-
-def _integer_limits(reader: str) -> Callable[[Job], list[str]]:
+def _integer_limits(target: str, in_transformers: str) -> Callable[[Job], list[str]]:
     def limits(job: Job) -> list[str]:
         dtype = _scale_dtype(job)
         found = [
@@ -92,7 +87,7 @@ def _integer_limits(reader: str) -> Callable[[Job], list[str]]:
         widths = {weight.spec.bits for weight in job.source.weights}
         if widths & {2, 3}:
             found.append("2 and 3 bits run in vLLM's general kernels, slower than 4 and 8")
-        return [*found, READERS[reader], *_adapter_limits(job), *serve.old_engines(reader, "vllm")]
+        return [*found, in_transformers, *_adapter_limits(job), *too_old(target)]
 
     return limits
 
@@ -114,6 +109,7 @@ def _gguf_limits(job: Job) -> list[str]:
         "transformers' in the third digit although the weights are the same",
         "do not run it through llama-quantize, and do not merge the adapter there "
         "(llama-export-lora): both round again",
+        *too_old("gguf"),
     ]
 
 
@@ -169,7 +165,9 @@ EXPORTS: dict[str, Export] = {
             layout=Gptq(),
             write=_write_integers(Gptq()),
             commands=_integer_commands(unpack=False),
-            limits=_integer_limits("gptqmodel"),
+            limits=_integer_limits(
+                "gptq", "transformers reads it with the packages gptqmodel and optimum"
+            ),
             options=("max_shard_bytes",),
         ),
         Export(
@@ -178,7 +176,10 @@ EXPORTS: dict[str, Export] = {
             layout=CompressedTensors(),
             write=_write_integers(CompressedTensors()),
             commands=_integer_commands(unpack=True),
-            limits=_integer_limits("compressed-tensors"),
+            limits=_integer_limits(
+                "compressed-tensors",
+                "transformers unpacks the layers as it loads: no memory is saved there",
+            ),
             options=("max_shard_bytes",),
         ),
         Export(
