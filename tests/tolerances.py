@@ -37,3 +37,7 @@ REFERENCE_PERPLEXITY = 0.1
 
 # Spearman correlation on STS-B, in points of 100, absolute: another BLAS may swap near ties.
 SPEARMAN_POINTS = 0.3
+
+# Logits of a tiny float32 model in another engine's float32 code, relative to the largest: the
+# weights are the same bits, the products are summed in another order, two blocks deep.
+ENGINE_LOGITS = 1e-5

@@ -67,20 +67,18 @@ def transformers(
         base: folder or name of the base.
         adapter: folder of the adapter, or None for a merged model.
         dtype: to load in; "" = config.json's.
-        unpack: ask compressed-tensors for dense layers, which PEFT needs to see.
+        unpack: one forward pass, in which compressed-tensors makes the dense weights that PEFT asks
+            for. (Its `dequantize=True` at load does so too, for models of one width alone.)
     """
     ending = job.source.architecture
     auto = next((c for end, c in AUTO_CLASSES.items() if ending.endswith(end)), "AutoModel")
-    names, words = [auto], [repr(base)]
-    if dtype:
-        words.append(f"dtype={dtype!r}")
-    if unpack:
-        names.append("CompressedTensorsConfig")
-        words.append("quantization_config=CompressedTensorsConfig(dequantize=True)")
-    lines = [f"from transformers import {', '.join(names)}"]
+    words = repr(base) + (f", dtype={dtype!r}" if dtype else "")
+    lines = [f"from transformers import {auto}"]
     if adapter is not None:
         lines.append("from peft import PeftModel")
-    lines.append(f"model = {auto}.from_pretrained({', '.join(words)})")
+    lines.append(f"model = {auto}.from_pretrained({words})")
+    if unpack:
+        lines.append("model(**model.dummy_inputs)")
     if adapter is not None:
         lines.append(f"model = PeftModel.from_pretrained(model, {adapter!r})")
     return Serve(engine="transformers", command="; ".join(lines))

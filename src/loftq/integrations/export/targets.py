@@ -50,6 +50,7 @@ def _bnb_limits(job: Job) -> list[str]:
         pair_limit(job.source.adapter),
         "vLLM serves it on one GPU: pre-quantized bitsandbytes weights are not split (tensor "
         "parallelism is refused)",
+        "on CPUs with AVX512-BF16 bitsandbytes multiplies in bfloat16, whatever the model's dtype",
         *_adapter_limits(job),
         *too_old("bnb"),
     ]
@@ -178,7 +179,8 @@ EXPORTS: dict[str, Export] = {
             commands=_integer_commands(unpack=True),
             limits=_integer_limits(
                 "compressed-tensors",
-                "transformers unpacks the layers as it loads: no memory is saved there",
+                "transformers unpacks the layers in the first forward pass (before the adapter can be "
+                "attached): no memory is saved there",
             ),
             options=("max_shard_bytes",),
         ),
