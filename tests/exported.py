@@ -66,7 +66,7 @@ def write_model(folder: Path, kind: type = hf.LlamaConfig, **changes: Any) -> Pa
 
 
 def pack(model: Path, folder: Path, **options: Any) -> Path:
-    """Quantize with the cheapest fit and one alternation: what is exported is not better for more."""
+    """Quantize with the cheapest fit and one alternation: more would not make a better test."""
     loftq.quantize(
         model, folder, device="cpu", **{"rank": RANK, "scale_fit": "absmax", "iters": 1, **options}
     )
@@ -108,3 +108,19 @@ def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
     """What a model answers to the prompt, float32."""
     with torch.no_grad():
         return model.eval()(input_ids=prompt() if ids is None else ids).logits.float()
+
+
+def rounded(out: Path, adapter: Path, dtype: torch.dtype) -> Any:
+    """The packed model, in float32, with its packed weights rounded to `dtype` as they unpack."""
+    from peft import PeftModel
+
+    from loftq.api import load_base
+    from loftq.nn import packed_layers
+
+    base = load_base(out, dtype=torch.float32)
+    modules = list(packed_layers(base))
+    base = base.dequantize()
+    for path in modules:
+        weight = base.get_submodule(path).weight
+        weight.data = weight.data.to(dtype).float()
+    return PeftModel.from_pretrained(base, adapter)

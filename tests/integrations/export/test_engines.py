@@ -17,6 +17,11 @@ import loftq
 from tolerances import ENGINE_LOGITS
 
 Packed = Callable[..., tuple[Path, Path]]
+MIXED: dict[str, Any] = {
+    "formats": {"*.down_proj": "sint8-g32-f16", "layers.1.self_attn": "sint2-channel-f16"},
+    "skip": ["layers.0.mlp.up_proj"],
+}
+"""Three widths, and one layer left dense."""
 
 
 @pytest.fixture(params=["trained", "start"])
@@ -71,8 +76,7 @@ def test_compressed_tensors(name: str, packed: Packed, pair: Callable, tmp_path:
 
 def test_compressed_tensors_of_several_widths(packed: Packed, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors: dev extra")
-    formats = {"*.down_proj": "sint8-g32-f16", "layers.1.self_attn": "sint2-channel-f16"}
-    out, trained = packed("sint4-g64-f16", formats=formats, skip=["layers.0.mlp.up_proj"])
+    out, trained = packed("sint4-g64-f16", **MIXED)
     folder = tmp_path / "ct"
     loftq.export(out, to="compressed-tensors", output=folder, adapter=trained)
     base = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -81,16 +85,29 @@ def test_compressed_tensors_of_several_widths(packed: Packed, tmp_path: Path) ->
     close(exported.logits(with_adapter(base, folder)), wanted, ENGINE_LOGITS)
 
 
-@pytest.mark.parametrize("name", ["sint4-g64-f16", "sint2-g32-f16", "sint3-channel-f16"])
-def test_gptq(name: str, packed: Packed, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sint4-g64-f16", {}),
+        ("sint2-g32-f16", {}),
+        ("sint3-channel-f16", {}),
+        ("sint8-g64-f16", {"skip": ["layers.0.mlp.up_proj", "layers.1.self_attn"]}),
+    ],
+)
+def test_gptq(name: str, options: dict[str, Any], packed: Packed, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel", reason="gptqmodel and optimum, in an environment of their own")
-    out, trained = packed(name)
+    out, trained = packed(name, **options)
     loftq.export(out, to="gptq", output=tmp_path / "gptq", adapter=trained)
     base = hf.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "gptq", dtype=torch.float32, device_map="cpu"
+        tmp_path / "gptq",
+        dtype=torch.float32,
+        device_map="cpu",
+        # Its plain kernel; the one for 4 bits that it would choose multiplies in bfloat16.
+        quantization_config=hf.GPTQConfig(bits=4, backend="gptq_torch"),
     )
-    assert "Quant" in type(base.model.layers[0].mlp.up_proj).__name__
-    wanted = exported.logits(loftq.load(out, adapter=trained))
+    assert type(base.model.layers[0].mlp.down_proj).__module__.startswith("gptqmodel.")
+    # Unpacked, it rounds the product of scale and code to the scales' float16.
+    wanted = exported.logits(exported.rounded(out, trained, torch.float16))
     close(exported.logits(with_adapter(base, tmp_path / "gptq")), wanted, ENGINE_LOGITS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import __version__
-from loftq.checkpoint.export import Layout, first_obstacle
+from loftq.checkpoint.export import Layout, cannot_read, first_obstacle
 from loftq.integrations.export.card import export_card
 from loftq.integrations.export.job import Job, Step, as_json
 from loftq.integrations.export.serve import Serve
@@ -157,6 +157,8 @@ def _choose(source: ExportSource, wanted: tuple[str, ...], engine: str | None) -
     for name in wanted:
         layout = EXPORTS[name].layout
         problem = "" if layout is None else obstacle(source, layout)
+        if not problem and layout is not None and engine is not None:
+            problem = cannot_read(engine, layout, source.weights, source.kept)
         if not problem:
             return EXPORTS[name]
         problems[name] = problem
@@ -183,11 +185,7 @@ def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | No
 def obstacle(source: ExportSource, layout: Layout) -> str:
     """Why a layout cannot hold the model; "" if it can."""
     found = architecture_obstacle(layout, source.architecture)
-    found = found or first_obstacle(layout, source.weights)
-    codings = {weight.spec.scale_coding for weight in source.weights}
-    if not found and layout.name == "compressed-tensors" and len(codings) > 1:
-        return "scales of one kind in the whole model, found float16 and bfloat16"
-    return found
+    return found or first_obstacle(layout, source.weights)
 
 
 def _check_options(row: Export, given: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.integrations.export.adapter import LoraAdapter
+from loftq.checkpoint.export import NAMES, Layout, cannot_read
+from loftq.integrations.engines import too_old
 from loftq.integrations.export.job import ADAPTER, Job
 from loftq.pipeline.serving import LORA_RANKS, max_lora_rank
 
@@ -35,15 +36,15 @@ class Serve:
 
 
 def vllm(job: Job, *, base: str, adapter: str, rank: int, flags: str = "") -> Iterator[Serve]:
-    """`vllm serve` with the adapter beside the base; nothing where vLLM cannot do it."""
-    if job.source.architecture.endswith("ForCausalLM") and not vllm_problems(job, rank):
+    """`vllm serve` with the adapter beside the base; nothing where vLLM cannot do that."""
+    if job.source.architecture.endswith("ForCausalLM") and not adapter_limits(job, rank):
         words = ["vllm serve", _quoted(base), *flags.split(), "--enable-lora"]
         words.append(f"--lora-modules {_name(job)}={_quoted(adapter)}")
         words.append(max_lora_rank(rank))
         yield Serve(engine="vllm", command=" ".join(words))
 
 
-def vllm_problems(job: Job, rank: int) -> list[str]:
+def adapter_limits(job: Job, rank: int) -> list[str]:
     """What keeps vLLM from serving the adapter beside its base."""
     lora, problems = job.source.adapter, []
     if not max_lora_rank(rank):
@@ -84,19 +85,37 @@ def transformers(
     return Serve(engine="transformers", command="; ".join(lines))
 
 
-def packed_commands(job: Job, *, dtype: str = "", unpack: bool = False) -> tuple[Serve, ...]:
-    """Both engines, for a packed model folder with its adapter inside."""
+def packed_commands(
+    job: Job, layout: Layout, *, dtype: str = "", unpack: bool = False
+) -> tuple[Serve, ...]:
+    """Each engine that reads the layout, for a model folder with its adapter inside."""
     base, adapter = str(job.output), str(job.output / ADAPTER)
     flags = f"--dtype {dtype}" if dtype else ""
     rank = job.source.adapter.rank
-    served = vllm(job, base=base, adapter=adapter, rank=rank, flags=flags)
-    own = transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack)
-    return (*served, own)
+    places = (
+        *vllm(job, base=base, adapter=adapter, rank=rank, flags=flags),
+        transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack),
+    )
+    refused = unreadable(job, layout)
+    return tuple(place for place in places if place.engine not in refused)
 
 
-def pair_limit(lora: LoraAdapter) -> str:
-    """Why the adapter and this base go together."""
-    return f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise"
+def packed_limits(job: Job, layout: Layout) -> list[str]:
+    """What holds of every packed export: whose the adapter is, and which engine cannot read it."""
+    lora = job.source.adapter
+    return [
+        f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise",
+        *(f"not for {NAMES[engine]}: {why}" for engine, why in unreadable(job, layout).items()),
+        *(adapter_limits(job, lora.rank) if "vllm" in layout.readers else ()),
+        *too_old(layout.name),
+    ]
+
+
+def unreadable(job: Job, layout: Layout) -> dict[str, str]:
+    """Engines that read the layout, but not this model in it -> why."""
+    source = job.source
+    reasons = {k: cannot_read(k, layout, source.weights, source.kept) for k in layout.readers}
+    return {engine: why for engine, why in reasons.items() if why}
 
 
 def _is_end(module: str) -> bool:

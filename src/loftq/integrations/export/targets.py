@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loftq.checkpoint.export import BitsAndBytes, CompressedTensors, Gguf, Gptq, Layout
-from loftq.integrations.engines import too_old
 from loftq.integrations.export import serve
 from loftq.integrations.export.dense import dense_dtype, write_dense
 from loftq.integrations.export.gguf_file import ADAPTER, MODEL, write_gguf
 from loftq.integrations.export.job import Job
 from loftq.integrations.export.lora import original_model, write_lora
 from loftq.integrations.export.model import write_model
-from loftq.integrations.export.serve import Serve, pair_limit
+from loftq.integrations.export.serve import Serve
 
 SCALE_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
@@ -45,14 +44,16 @@ def _write_bnb(job: Job) -> int:
     return write_model(job, _bnb_layout(job), {})
 
 
+def _bnb_commands(job: Job) -> tuple[Serve, ...]:
+    return serve.packed_commands(job, BitsAndBytes())
+
+
 def _bnb_limits(job: Job) -> list[str]:
     return [
-        pair_limit(job.source.adapter),
+        *serve.packed_limits(job, BitsAndBytes()),
         "vLLM serves it on one GPU: pre-quantized bitsandbytes weights are not split (tensor "
         "parallelism is refused)",
         "on CPUs with AVX512-BF16 bitsandbytes multiplies in bfloat16, whatever the model's dtype",
-        *_adapter_limits(job),
-        *too_old("bnb"),
     ]
 
 
@@ -68,18 +69,18 @@ def _write_integers(layout: Layout) -> Callable[[Job], int]:
     return write
 
 
-def _integer_commands(*, unpack: bool) -> Callable[[Job], tuple[Serve, ...]]:
+def _integer_commands(layout: Layout, *, unpack: bool) -> Callable[[Job], tuple[Serve, ...]]:
     def commands(job: Job) -> tuple[Serve, ...]:
-        return serve.packed_commands(job, dtype=_scale_dtype(job), unpack=unpack)
+        return serve.packed_commands(job, layout, dtype=_scale_dtype(job), unpack=unpack)
 
     return commands
 
 
-def _integer_limits(target: str, in_transformers: str) -> Callable[[Job], list[str]]:
+def _integer_limits(layout: Layout, in_transformers: str) -> Callable[[Job], list[str]]:
     def limits(job: Job) -> list[str]:
         dtype = _scale_dtype(job)
         found = [
-            pair_limit(job.source.adapter),
+            *serve.packed_limits(job, layout),
             f"run it in {dtype}: engines cast the scales to the model's dtype, and another 16-bit "
             f"dtype rounds them (they also round each unpacked weight to {dtype})",
         ]
@@ -88,13 +89,11 @@ def _integer_limits(target: str, in_transformers: str) -> Callable[[Job], list[s
         widths = {weight.spec.bits for weight in job.source.weights}
         if widths & {2, 3}:
             found.append("2 and 3 bits run in vLLM's general kernels, slower than 4 and 8")
-        return [*found, in_transformers, *_adapter_limits(job), *too_old(target)]
+        if "transformers" not in serve.unreadable(job, layout):
+            found.append(in_transformers)
+        return found
 
     return limits
-
-
-def _adapter_limits(job: Job) -> list[str]:
-    return serve.vllm_problems(job, job.source.adapter.rank)
 
 
 def _gguf_commands(job: Job) -> tuple[Serve, ...]:
@@ -105,12 +104,11 @@ def _gguf_commands(job: Job) -> tuple[Serve, ...]:
 
 def _gguf_limits(job: Job) -> list[str]:
     return [
-        pair_limit(job.source.adapter),
+        *serve.packed_limits(job, Gguf()),
         "llama.cpp rounds activations to 8 bits before it multiplies, so logits differ from "
         "transformers' in the third digit although the weights are the same",
         "do not run it through llama-quantize, and do not merge the adapter there "
         "(llama-export-lora): both round again",
-        *too_old("gguf"),
     ]
 
 
@@ -127,7 +125,7 @@ def _lora_limits(job: Job) -> list[str]:
         f"for {original_model(job)}, not for the packed model; rank {rank} (twice the training's)",
         "what training changed is carried exactly; what the packed model had lost by rounding is "
         "not there any more, so the two models differ by that: measure the loss of both",
-        *serve.vllm_problems(job, rank),
+        *serve.adapter_limits(job, rank),
     ]
 
 
@@ -156,7 +154,7 @@ EXPORTS: dict[str, Export] = {
             summary="bitsandbytes NF4 with the adapter: transformers, vLLM",
             layout=BitsAndBytes(),
             write=_write_bnb,
-            commands=serve.packed_commands,
+            commands=_bnb_commands,
             limits=_bnb_limits,
             options=("max_shard_bytes",),
         ),
@@ -165,9 +163,9 @@ EXPORTS: dict[str, Export] = {
             summary="GPTQ with the adapter: vLLM, transformers with gptqmodel",
             layout=Gptq(),
             write=_write_integers(Gptq()),
-            commands=_integer_commands(unpack=False),
+            commands=_integer_commands(Gptq(), unpack=False),
             limits=_integer_limits(
-                "gptq", "transformers reads it with the packages gptqmodel and optimum"
+                Gptq(), "transformers reads it with the packages gptqmodel and optimum"
             ),
             options=("max_shard_bytes",),
         ),
@@ -176,11 +174,11 @@ EXPORTS: dict[str, Export] = {
             summary="compressed-tensors with the adapter: vLLM, transformers",
             layout=CompressedTensors(),
             write=_write_integers(CompressedTensors()),
-            commands=_integer_commands(unpack=True),
+            commands=_integer_commands(CompressedTensors(), unpack=True),
             limits=_integer_limits(
-                "compressed-tensors",
-                "transformers unpacks the layers in the first forward pass (before the adapter can be "
-                "attached): no memory is saved there",
+                CompressedTensors(),
+                "transformers unpacks the layers in the first forward pass, as the adapter needs: "
+                "no memory is saved there",
             ),
             options=("max_shard_bytes",),
         ),
