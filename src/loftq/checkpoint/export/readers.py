@@ -31,9 +31,9 @@ def cannot_read(engine: str, layout: Layout, weights: Sequence[Packed], kept: Se
     if engine == "vllm":
         return _unlike_joined(weights, kept)
     if engine == "transformers" and layout.name == "gptq":
-        widths = sorted({f"{w.spec.bits} bits in groups of {w.spec.group_size}" for w in weights})
-        if len(widths) > 1:
-            return f"optimum builds all layers alike, found {' and '.join(widths)}"
+        formats = sorted({str(weight.spec) for weight in weights})
+        if len(formats) > 1:
+            return f"transformers builds all its layers alike, found {' and '.join(formats)}"
     return ""
 
 
@@ -45,5 +45,5 @@ def _unlike_joined(weights: Sequence[Packed], kept: Sequence[str]) -> str:
             found = {n: formats[f"{parent}.{n}"] for n in names if f"{parent}.{n}" in formats}
             if name == names[0] and len(set(found.values())) > 1:
                 listed = ", ".join(f"{n} {format_}" for n, format_ in found.items())
-                return f"it joins {' and '.join(names)}, and {parent} has {listed}"
+                return f"vLLM joins {' and '.join(names)}, and {parent} has {listed}"
     return ""

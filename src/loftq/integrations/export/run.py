@@ -156,13 +156,19 @@ def _choose(source: ExportSource, wanted: tuple[str, ...], engine: str | None) -
     problems = {}
     for name in wanted:
         layout = EXPORTS[name].layout
-        problem = "" if layout is None else obstacle(source, layout)
-        if not problem and layout is not None and engine is not None:
-            problem = cannot_read(engine, layout, source.weights, source.kept)
+        problem = "" if layout is None else _problem(source, layout, engine)
         if not problem:
             return EXPORTS[name]
         problems[name] = problem
     raise ExportError(_refusal(source, problems, engine))
+
+
+def _problem(source: ExportSource, layout: Layout, engine: str | None) -> str:
+    found = obstacle(source, layout)
+    if found:
+        return f"{layout.name} cannot hold it: {found}."
+    unread = "" if engine is None else cannot_read(engine, layout, source.weights, source.kept)
+    return unread and f"{layout.name} holds it, but {unread}."
 
 
 def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | None) -> str:
@@ -172,11 +178,10 @@ def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | No
         assert layout is not None
         advice = layout.advice
     as_it_is = "run it as it is (import loftq; loftq.load), " if engine == "transformers" else ""
-    lines = [f"{name} cannot hold it: {problem}." for name, problem in problems.items()]
     return "\n".join(
         [
-            f"{source.folder}: exporting it would round it again, and its adapter would be wrong.",
-            *lines,
+            f"{source.folder}: rounding it again for an export would make its adapter wrong.",
+            *problems.values(),
             f"Quantize {source.model} again with {advice}, {as_it_is}{ANYWAY}.",
         ]
     )

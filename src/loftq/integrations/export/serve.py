@@ -105,7 +105,7 @@ def packed_limits(job: Job, layout: Layout) -> list[str]:
     lora = job.source.adapter
     return [
         f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise",
-        *(f"not for {NAMES[engine]}: {why}" for engine, why in unreadable(job, layout).items()),
+        *(f"not for {NAMES[k]}: {why}" for k, why in unreadable(job, layout).items()),
         *(adapter_limits(job, lora.rank) if "vllm" in layout.readers else ()),
         *too_old(layout.name),
     ]
