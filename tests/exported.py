@@ -124,3 +124,25 @@ def rounded(out: Path, adapter: Path, dtype: torch.dtype) -> Any:
         weight = base.get_submodule(path).weight
         weight.data = weight.data.to(dtype).float()
     return PeftModel.from_pretrained(base, adapter)
+
+
+def as_float32(source: Path, output: Path) -> None:
+    """A GGUF file with its packed weights as gguf dequantizes them.
+
+    llama.cpp rounds no activations then, so that what is left tells names, row order, rope and
+    adapter apart from that.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(output, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            sub = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
