@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loftq.cli import console, options
+from loftq.cli.gap import dtype, gap
 
 if TYPE_CHECKING:
     from torch import nn
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 app = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -20,6 +19,9 @@ app = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_mode=
 @app.callback()
 def _eval() -> None:
     """Score a model."""
+
+
+app.command()(gap)
 
 
 @app.command()
@@ -43,7 +45,7 @@ def ppl(
     as_json: options.AsJson = False,
 ) -> None:
     """Perplexity by the protocol of the quantization papers; its parameters stand beside it."""
-    chosen = options.parse_pairs(settings or (), {"batch": _batch, "dtype": _dtype})
+    chosen = options.parse_pairs(settings or (), {"batch": _batch, "dtype": dtype})
     with console.answering(as_json=as_json):
         from loftq.cli.progress import Bar
         from loftq.eval import encode, perplexity, read_text, split_of
@@ -76,12 +78,6 @@ def _batch(value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError("expected a whole number of at least 1")
     return int(value)
-
-
-def _dtype(value: str) -> str:
-    if value not in DTYPES:
-        raise ValueError(f"expected one of {', '.join(DTYPES)}")
-    return value
 
 
 def _load(

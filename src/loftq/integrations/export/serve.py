@@ -38,8 +38,8 @@ class Serve:
 def vllm(job: Job, *, base: str, adapter: str, rank: int, flags: str = "") -> Iterator[Serve]:
     """`vllm serve` with the adapter beside the base; nothing where vLLM cannot do that."""
     if job.source.architecture.endswith("ForCausalLM") and not adapter_limits(job, rank):
-        words = ["vllm serve", _quoted(base), *flags.split(), "--enable-lora"]
-        words.append(f"--lora-modules {_name(job)}={_quoted(adapter)}")
+        words = ["vllm serve", quoted(base), *flags.split(), "--enable-lora"]
+        words.append(f"--lora-modules {_name(job)}={quoted(adapter)}")
         words.append(max_lora_rank(rank))
         yield Serve(engine="vllm", command=" ".join(words))
 
@@ -127,7 +127,8 @@ def _name(job: Job) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem) or "adapter"
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
+    """A path as a word of the shell."""
     import shlex
 
     return shlex.quote(path)

@@ -97,8 +97,8 @@ def _integer_limits(layout: Layout, in_transformers: str) -> Callable[[Job], lis
 
 
 def _gguf_commands(job: Job) -> tuple[Serve, ...]:
-    words = f"-m {serve._quoted(str(job.output / MODEL))}"
-    words += f" --lora {serve._quoted(str(job.output / ADAPTER))}"
+    words = f"-m {serve.quoted(str(job.output / MODEL))}"
+    words += f" --lora {serve.quoted(str(job.output / ADAPTER))}"
     return (Serve(engine="llama.cpp", command=f"llama-server {words}"),)
 
 
@@ -124,7 +124,8 @@ def _lora_limits(job: Job) -> list[str]:
     return [
         f"for {original_model(job)}, not for the packed model; rank {rank} (twice the training's)",
         "what training changed is carried exactly; what the packed model had lost by rounding is "
-        "not there any more, so the two models differ by that: measure the loss of both",
+        "not there any more, so the two models differ by that. Measure it: loftq eval gap "
+        f"{serve.quoted(str(job.source.path))} {serve.quoted(str(job.output))} --data FILE",
         *serve.adapter_limits(job, rank),
     ]
 
@@ -133,7 +134,7 @@ def _dense_commands(job: Job) -> tuple[Serve, ...]:
     base = str(job.output)
     served: tuple[Serve, ...] = ()
     if job.source.architecture.endswith("ForCausalLM"):
-        served = (Serve(engine="vllm", command=f"vllm serve {serve._quoted(base)}"),)
+        served = (Serve(engine="vllm", command=f"vllm serve {serve.quoted(base)}"),)
     return (*served, serve.transformers(job, base=base, adapter=None))
 
 
