@@ -47,6 +47,34 @@ def tokenizer() -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE, **names)
 
 
+def sentencepiece() -> Any:
+    """BPE with a byte for each unknown character, as Llama 2 has it in tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    learned.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=90, show_progress=False))
+    model = json.loads(learned.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [piece for piece, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
+    made = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            [tuple(pair) for pair in model["merges"]],
+            unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    made.normalizer = learned.normalizer
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
 def write_model(folder: Path, kind: type = hf.LlamaConfig, **changes: Any) -> Path:
     """A random two-layer decoder of whole groups of 64, float32, with its tokenizer."""
     torch.manual_seed(0)

@@ -6,8 +6,9 @@
 The first run quantizes MODEL_FOLDER in each format, trains the start adapter for a few steps on
 eight short chats, exports, and keeps what loftq's own packed model answers (needs loftq's `dev`
 extra). Then, and in every other environment given the same WORK, each row whose packages are there
-is read by its engine; the others say what they lack. The first difference ends "same tokens";
-logits are compared on the reference's tokens, so that all 64 steps count.
+is read by its engine; the others say what they lack. A row that is in WORK/rows is kept. The first
+difference ends "same tokens"; logits are compared on the reference's tokens, so that all 64 steps
+count.
 """
 
 from __future__ import annotations
@@ -364,7 +365,8 @@ def main() -> None:
     args = parser.parse_args()
     (args.work / "rows").mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(ROWS if args.table is None else ()):
-        if args.only is not None and args.only not in row.packages:
+        place = args.work / "rows" / f"{number:02d}.json"
+        if place.is_file() or (args.only is not None and args.only not in row.packages):
             continue
         if args.model is not None:
             prepare(args.model, args.work, row.format)
@@ -373,7 +375,7 @@ def main() -> None:
             print(f"{row.label} ({row.format}): skipped, not installed: {', '.join(missing)}")
             continue
         found = compare(row, args.work)
-        (args.work / "rows" / f"{number:02d}.json").write_text(json.dumps(found, indent=2))
+        place.write_text(json.dumps(found, indent=2))
         print(json.dumps(found), flush=True)
     text = table(args.work)
     print(text) if args.table is None else args.table.write_text(text)

@@ -17,7 +17,7 @@ import loftq
 from loftq.integrations import engines
 from loftq.integrations.export import ExportError
 from loftq.integrations.export.gguf_names import llama3_factors
-from loftq.integrations.export.gguf_vocab import pre_tokenizer
+from loftq.integrations.export.gguf_vocab import pre_tokenizer, write_vocab
 from tolerances import ENGINE_LOGITS, FLOAT32_ROUNDING, LLAMA_CPP_INPUTS
 
 gguf = pytest.importorskip("gguf", reason="gguf: demo extra")
@@ -200,6 +200,22 @@ class TestVocabulary:
         assert about["tokenizer.ggml.add_bos_token"] is True
         assert about["tokenizer.ggml.add_eos_token"] is True
 
+    def test_sentencepiece_pieces_are_scored_in_the_order_of_their_merges(
+        self, tmp_path: Path
+    ) -> None:
+        tokenizer = exported.sentencepiece()
+        about = fields(vocabulary(tokenizer, tmp_path))
+        assert about["tokenizer.ggml.model"] == "llama"
+        assert about["tokenizer.ggml.add_space_prefix"] is True
+        assert about["tokenizer.ggml.add_bos_token"] is True
+        kinds, scores = about["tokenizer.ggml.token_type"], about["tokenizer.ggml.scores"]
+        assert kinds[0] == int(gguf.TokenType.UNKNOWN)
+        assert set(kinds[3:259]) == {int(gguf.TokenType.BYTE)}
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        ids = tokenizer.convert_tokens_to_ids(["".join(pair) for pair in merges])
+        assert len(ids) > 20
+        assert [scores[i] for i in ids] == [-float(rank) for rank in range(len(ids))]
+
     def test_rules_are_named_only_where_they_split_alike(self) -> None:
         known = json.loads(exported.tokenizer().backend_tokenizer.to_str())
         assert pre_tokenizer(known) == "smollm"
@@ -241,6 +257,19 @@ class TestVocabulary:
     def test_a_tokenizer_larger_than_the_embedding(self, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=r"embedding has 290 rows"):
             made(tmp_path, vocab_size=290)
+
+
+def vocabulary(tokenizer: Any, folder: Path, size: int | None = None) -> Path:
+    """A GGUF file with nothing but the tokenizer."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    writer = gguf.GGUFWriter(folder / "vocab.gguf", "llama")
+    write_vocab(writer, folder / "tokenizer", size or len(tokenizer))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return folder / "vocab.gguf"
 
 
 def llama_cpp(path: Path, **options: Any) -> Any:
@@ -297,3 +326,27 @@ class TestLlamaCpp:
         out, folder = made(tmp_path)
         engine = llama_cpp(folder / "model.gguf", vocab_only=True)
         check_tokens(engine, hf.AutoTokenizer.from_pretrained(out), [*TEXTS, *exported.TEXT])
+
+    def test_tokens_of_sentencepiece(self, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (compiles)")
+        tokenizer = exported.sentencepiece()
+        engine = llama_cpp(vocabulary(tokenizer, tmp_path), vocab_only=True)
+        texts = [text for text in TEXTS if text and "<|" not in text]
+        check_tokens(engine, tokenizer, [*texts, *exported.TEXT])
+
+    def test_tokens_of_a_real_model(self, models_dir: Path, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (compiles)")
+        source = models_dir / "smollm2-135m"
+        config = json.loads((source / "config.json").read_text())
+        tokenizer = hf.AutoTokenizer.from_pretrained(source)
+        file = vocabulary(tokenizer, tmp_path, config["vocab_size"])
+        engine = llama_cpp(file, vocab_only=True)
+        messages = [
+            {"role": "user", "content": "What's 12,345 x 7?"},
+            {"role": "assistant", "content": "86415\n"},
+        ]
+        chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        code = Path(__file__).read_text()  # long, with every kind of white space
+        check_tokens(engine, tokenizer, [*TEXTS, chat, code])
+        assert engine.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+        assert engine.token_eos() == tokenizer.eos_token_id
