@@ -19,6 +19,8 @@ VERBS = {
     "quantize": ("quantize",),
     "inspect": ("inspect",),
     "eval ppl": ("eval", "ppl"),
+    "eval gap": ("eval", "gap"),
+    "export": ("export",),
     "doctor": ("doctor",),
     "lab": ("lab", "demo"),
 }
