@@ -112,6 +112,9 @@ def _check_data(to: str | None, data: Path | None) -> None:
         )
     if not data.is_file():
         raise ValueError(f"{data}: no such file.")
+    from loftq.eval import read_text
+
+    read_text(data)  # before the work, not after it
 
 
 def _print(out: Console, done: Exported) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 
 import exported
 import loftq
+import zoo
 from tolerances import ENGINE_LOGITS
 
 Packed = Callable[..., tuple[Path, Path]]
@@ -133,6 +134,31 @@ def test_dense_is_merged_from_the_packed_weights(
     assert not hasattr(found.config, "quantization_config")
     wanted = exported.logits(loftq.load(out, adapter=trained))
     close(exported.logits(found), wanted, ENGINE_LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama-tied", {}), ("llama", {"embeddings": True}), ("bert", {"embeddings": True})],
+)
+def test_dense_with_embeddings_ties_and_trained_heads(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = zoo.save(zoo.build(name), tmp_path / "model")
+    out = exported.pack(model, tmp_path / "out", format="nf3-g64-dq", **options)
+    trained = loftq.load(out, trainable=True)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    trained.save_pretrained(tmp_path / "trained")  # as any trainer does: for BERT with the head
+    loftq.export(out, to="dense", output=tmp_path / "dense", adapter=tmp_path / "trained")
+    dense = zoo.ZOO[name].auto.from_pretrained(tmp_path / "dense").eval()
+    inputs = {key: t for key, t in zoo.ZOO[name].inputs().items() if key != "labels"}
+    with torch.no_grad():
+        found, wanted = dense(**inputs).logits, trained.eval()(**inputs).logits
+        start = loftq.load(out).eval()(**inputs).logits
+    assert (found - wanted).abs().max() <= ENGINE_LOGITS * wanted.abs().max()
+    assert (start - wanted).abs().max() > 100 * ENGINE_LOGITS * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
