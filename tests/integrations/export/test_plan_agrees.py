@@ -104,6 +104,11 @@ def test_plan_and_export_agree(rows: list, architecture: str) -> None:
         assert said.exact == (not refused and not all(unread))
         if refused:
             assert said.note == refused
+        if said.exact:
+            assert _choose(source, (layout.name,), None).name == layout.name
+        else:
+            with pytest.raises(ExportError):
+                _choose(source, (layout.name,), None)
         for engine in layout.readers:
             try:
                 chosen = _choose(source, (layout.name,), engine)

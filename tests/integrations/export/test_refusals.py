@@ -98,6 +98,18 @@ def test_vllm_needs_one_format_for_what_it_joins(
     assert any(limit.startswith("not for vLLM: vLLM joins") for limit in done.limits)
 
 
+def test_what_no_engine_reads_is_refused(packed: Packed, tmp_path: Path) -> None:
+    both = {"formats": {"layers.1.self_attn.v_proj": "sint8-g32-f16"}}
+    out, _ = packed("sint4-g64-f16", **both)
+    with pytest.raises(ExportError, match=r"gptq holds it, but vLLM joins .*, and transformers"):
+        loftq.export(out, to="gptq", output=tmp_path / "export")
+    out, _ = packed("sint4-g64-f16", **MIXED)
+    dora = exported.train(out, tmp_path / "dora", use_dora=True)
+    done = loftq.export(out, to="gptq", output=tmp_path / "export", adapter=dora)
+    assert (done.serve, done.serve_command) == ((), "")
+    assert "vLLM refuses DoRA" in done.limits
+
+
 def test_conv1d_and_embeddings_fit_no_other_engine_but_merge(tmp_path: Path) -> None:
     model = zoo.save(zoo.build("gpt2"), tmp_path / "model")
     out = exported.pack(model, tmp_path / "out", format="nf4-g64-dq", rank=2)

@@ -44,8 +44,8 @@ class Exported:
 
     @property
     def serve_command(self) -> str:
-        """The first command."""
-        return self.serve[0].command
+        """The first command; "" where no engine serves this adapter beside its base."""
+        return self.serve[0].command if self.serve else ""
 
     @property
     def nbytes(self) -> int:
@@ -167,8 +167,9 @@ def _problem(source: ExportSource, layout: Layout, engine: str | None) -> str:
     found = obstacle(source, layout)
     if found:
         return f"{layout.name} cannot hold it: {found}."
-    unread = "" if engine is None else cannot_read(engine, layout, source.weights, source.kept)
-    return unread and f"{layout.name} holds it, but {unread}."
+    asked = layout.readers if engine is None else (engine,)
+    unread = [cannot_read(one, layout, source.weights, source.kept) for one in asked]
+    return f"{layout.name} holds it, but {', and '.join(unread)}." if all(unread) else ""
 
 
 def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | None) -> str:
