@@ -37,3 +37,11 @@ REFERENCE_PERPLEXITY = 0.1
 
 # Spearman correlation on STS-B, in points of 100, absolute: another BLAS may swap near ties.
 SPEARMAN_POINTS = 0.3
+
+# Logits of a tiny float32 model in another engine's float32 code, relative to the largest: the
+# weights are the same bits, the products are summed in another order, two blocks deep.
+ENGINE_LOGITS = 1e-5
+
+# Logits of a tiny random model in llama.cpp, relative RMS: it rounds the inputs of each packed
+# layer to 8 bits in blocks of 32, which moves random two-block models by 1 to 4 %.
+LLAMA_CPP_INPUTS = 0.08

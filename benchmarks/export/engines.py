@@ -6,14 +6,16 @@
 The first run quantizes MODEL_FOLDER in each format, trains the start adapter for a few steps on
 eight short chats, exports, and keeps what loftq's own packed model answers (needs loftq's `dev`
 extra). Then, and in every other environment given the same WORK, each row whose packages are there
-is read by its engine; the others say what they lack. The first difference ends "same tokens";
-logits are compared on the reference's tokens, so that all 64 steps count.
+is read by its engine; the others say what they lack. A row that is in WORK/rows is kept. The first
+difference ends "same tokens"; logits are compared on the reference's tokens, so that all 64 steps
+count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,24 +103,70 @@ def rounded(folder: Path, _: Path, reference: dict[str, Any]) -> Answer:
     return chat(model, reference)
 
 
+def in_dtype(name: str, *, inputs: bool) -> Callable[[Path, Path, dict[str, Any]], Answer]:
+    """The packed model with its weights, and its layers' inputs, rounded to a 16-bit dtype."""
+
+    def read(folder: Path, _: Path, reference: dict[str, Any]) -> Answer:
+        import torch
+        from peft import PeftModel
+
+        from loftq.api import load_base
+        from loftq.nn import packed_layers
+
+        dtype, work = getattr(torch, name), folder.parents[1]
+        base = load_base(folder, dtype=torch.float32)
+        paths = list(packed_layers(base))
+        base = base.dequantize()
+        for path in paths:
+            layer = base.get_submodule(path)
+            layer.weight.data = layer.weight.data.to(dtype).float()
+            if inputs:
+                layer.register_forward_pre_hook(lambda _, x: (x[0].to(dtype).float(),))
+        return chat(PeftModel.from_pretrained(base, work / "trained" / folder.name), reference)
+
+    return read
+
+
 def in_transformers(
-    *, dequantize: bool = False, unpack: bool = False, **options: Any
+    prepare: Callable[[Any], Any] = lambda base: base, **options: Any
 ) -> Callable[[Path, Path, dict[str, Any]], Answer]:
-    """A reader through from_pretrained and PEFT, in float32."""
+    """A reader through from_pretrained and PEFT, in float32.
+
+    Args:
+        prepare: what to do with the base before the adapter goes on.
+        **options: of from_pretrained.
+    """
 
     def read(_: Path, export: Path, reference: dict[str, Any]) -> Answer:
         import torch
         import transformers as hf
         from peft import PeftModel
 
-        if unpack:
-            options["quantization_config"] = hf.CompressedTensorsConfig(dequantize=True)
-        base = hf.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, **options)
-        if dequantize:
-            base = base.dequantize()
+        given = {key: make() if callable(make) else make for key, make in options.items()}
+        base = hf.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, **given)
+        prepare(base)
         return chat(PeftModel.from_pretrained(base, export / "adapter"), reference)
 
     return read
+
+
+def without_bfloat16(base: Any) -> None:
+    """Keep bitsandbytes from its CPU kernel, which multiplies in bfloat16."""
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def one_pass(base: Any) -> None:
+    """compressed-tensors unpacks its layers in it."""
+    base(**base.dummy_inputs)
+
+
+def plain_kernel() -> Any:
+    """GPTQModel's kernel in PyTorch instead of the one for 4 bits, which multiplies in bfloat16."""
+    import transformers as hf
+
+    return hf.GPTQConfig(bits=4, backend="gptq_torch")
 
 
 def in_llama_cpp(model: str) -> Callable[[Path, Path, dict[str, Any]], Answer]:
@@ -151,14 +199,22 @@ def in_llama_cpp(model: str) -> Callable[[Path, Path, dict[str, Any]], Answer]:
 
 
 BNB, CT, LLAMA = "bitsandbytes", "compressed-tensors", "llama-cpp-python"
+GPTQ = ("gptqmodel", "optimum", "peft")
 ROWS = (
     Row("packed, twice", "nf4-g64-dq", "", ("loftq",), own),
     Row("bitsandbytes", "nf4-g64-dq", "bnb", (BNB, "peft"), in_transformers()),
-    Row("bitsandbytes, dequantized by it", "nf4-g64-dq", "bnb", (BNB, "peft"),
-        in_transformers(dequantize=True)),
-    Row("GPTQ", "sint4-g64-f16", "gptq", ("gptqmodel", "optimum", "peft"),
-        in_transformers(device_map="cpu")),
-    Row("compressed-tensors", "sint4-g64-f16", CT, (CT, "peft"), in_transformers(unpack=True)),
+    Row("packed, weights and inputs in bfloat16", "nf4-g64-dq", "", ("loftq",),
+        in_dtype("bfloat16", inputs=True)),
+    Row("bitsandbytes, bfloat16 kernel off", "nf4-g64-dq", "bnb", (BNB, "peft"),
+        in_transformers(without_bfloat16)),
+    Row("GPTQ", "sint4-g64-f16", "gptq", GPTQ, in_transformers(device_map="cpu")),
+    Row("packed, weights and inputs in bfloat16", "sint4-g64-f16", "", ("loftq",),
+        in_dtype("bfloat16", inputs=True)),
+    Row("GPTQ, plain kernel", "sint4-g64-f16", "gptq", GPTQ,
+        in_transformers(device_map="cpu", quantization_config=plain_kernel)),
+    Row("packed, weights in float16", "sint4-g64-f16", "", ("loftq",),
+        in_dtype("float16", inputs=False)),
+    Row("compressed-tensors", "sint4-g64-f16", CT, (CT, "peft"), in_transformers(one_pass)),
     *(
         row
         for name in ("sint4-g32-f16", "iq4nl-g32-f16", "sint8-g32-f16")
@@ -183,6 +239,8 @@ def _dense(export: Path) -> Any:
 
 def prepare(model: Path, work: Path, name: str) -> None:
     """Quantize in one format, train the adapter, and keep the packed model's answer."""
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    import exported
     import loftq
 
     folder, trained = work / "packed" / name, work / "trained" / name
@@ -197,7 +255,7 @@ def prepare(model: Path, work: Path, name: str) -> None:
         if not export.is_dir():
             loftq.export(folder, to=target, output=export, adapter=trained)
         if target == "gguf" and not (export / "model-f32.gguf").is_file():
-            _as_float32(export / "model.gguf", export / "model-f32.gguf")
+            exported.as_float32(export / "model.gguf", export / "model-f32.gguf")
 
 
 def _train(folder: Path, trained: Path) -> None:
@@ -242,25 +300,6 @@ def _reference(work: Path, name: str) -> None:
     np.savez(work / "reference" / f"{name}.npz", logits=logits)
     about = {"text": text, "prompt": prompt, "tokens": tokens, "answer": tokenizer.decode(tokens)}
     (work / "reference" / f"{name}.json").write_text(json.dumps(about))
-
-
-def _as_float32(source: Path, output: Path) -> None:
-    """The same GGUF file with its packed weights as gguf dequantizes them: llama.cpp then does not
-    round activations, and what is left tells names, row order, rope and adapter apart from that."""
-    import gguf
-
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(output, str(reader.fields["general.architecture"].contents()))
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            sub = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def compare(row: Row, work: Path) -> dict[str, Any]:
@@ -321,10 +360,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, nargs="?", help="needed by the first run only")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", metavar="PACKAGE", help="only rows that need this package")
     parser.add_argument("--table", type=Path, help="write the rows of WORK here")
     args = parser.parse_args()
     (args.work / "rows").mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(ROWS if args.table is None else ()):
+        place = args.work / "rows" / f"{number:02d}.json"
+        if place.is_file() or (args.only is not None and args.only not in row.packages):
+            continue
         if args.model is not None:
             prepare(args.model, args.work, row.format)
         missing = _missing(row)
@@ -332,7 +375,7 @@ def main() -> None:
             print(f"{row.label} ({row.format}): skipped, not installed: {', '.join(missing)}")
             continue
         found = compare(row, args.work)
-        (args.work / "rows" / f"{number:02d}.json").write_text(json.dumps(found, indent=2))
+        place.write_text(json.dumps(found, indent=2))
         print(json.dumps(found), flush=True)
     text = table(args.work)
     print(text) if args.table is None else args.table.write_text(text)

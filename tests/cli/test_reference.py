@@ -22,6 +22,8 @@ VERBS = {
     "inspect": ("inspect",),
     "eval ppl": ("eval", "ppl"),
     "chat": ("chat",),
+    "eval gap": ("eval", "gap"),
+    "export": ("export",),
     "doctor": ("doctor",),
     "lab": ("lab", "demo"),
 }

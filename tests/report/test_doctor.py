@@ -62,7 +62,7 @@ def test_what_a_verb_takes_is_what_its_extra_brings() -> None:
 
 def test_a_verb_works_or_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"trl": "1.15.2", "jinja2": "3.1"}
-    monkeypatch.setattr(module, "_version", versions.get)
+    monkeypatch.setattr(module, "version", versions.get)
     names = found(list(module._verbs()))
     assert names["loftq chat"].status == "ok"
     assert re.fullmatch("works here, on the (CPU|GPU)", names["loftq chat"].found)
@@ -98,12 +98,32 @@ def test_missing_and_old_packages_fail_with_the_command(monkeypatch: pytest.Monk
         return "4.57.1" if name == "transformers" else real(name)
 
     real = metadata.version
-    monkeypatch.setattr(module.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     names = found(doctor())
     assert names["peft"].status == "fail"
     assert names["peft"].advice == "pip install 'peft>=0.21'"
     assert names["transformers"].found == "4.57.1"
     assert names["transformers"].advice == "pip install 'transformers>=5.17,<6'"
+
+
+def test_packages_that_read_exports_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "vllm":
+            raise metadata.PackageNotFoundError(name)
+        return {"bitsandbytes": "0.43.1", "optimum": "2.1.0"}.get(name) or real(name)
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    names = found(doctor())
+    old = names["reads exports: bitsandbytes"]
+    assert (old.status, old.found) == ("warn", "0.43.1")
+    assert old.advice == (
+        "pip install 'bitsandbytes>=0.46.1' to read bnb exports in transformers here"
+    )
+    assert names["reads exports: optimum"].status == "ok"
+    absent = names["reads exports: vllm"]
+    assert (absent.status, absent.found) == ("info", "not installed")
+    assert "compressed-tensors, gptq, bnb exports in vllm" in absent.advice
 
 
 def test_a_torch_that_does_not_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

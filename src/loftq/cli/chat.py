@@ -40,7 +40,7 @@ KEYS: dict[str, Callable[[str], Any]] = {
     "system": str,
     "adapter": str,
     "weights": str,
-    "dtype": str,
+    "dtype": options.dtype_name,
 }
 
 
@@ -88,11 +88,8 @@ def _open(path: str, chosen: dict[str, Any], device: str | None, seed: int | Non
     from transformers.utils import logging
 
     from loftq.chat import open_session
-    from loftq.integrations.causal import DTYPES
     from loftq.integrations.generate import Sampling
 
-    if chosen.get("dtype", "auto") not in DTYPES:
-        raise typer.BadParameter(f"dtype={chosen['dtype']}: expected one of {', '.join(DTYPES)}.")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     known = {field.name for field in fields(Sampling)}

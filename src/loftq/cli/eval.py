@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loftq.cli import console, options
+from loftq.cli.gap import gap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +21,13 @@ def _eval() -> None:
     """Score a model."""
 
 
+app.command()(gap)
+
+
 @app.command()
 def ppl(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Output of `loftq quantize`, or a plain model.")
+        str, typer.Argument(metavar="PATH", help="OUT of quantize, RUN of train, or a plain model.")
     ],
     data: Annotated[Path, typer.Option(help="Text: .txt, .raw (WikiText) or .jsonl, also .gz.")],
     settings: Annotated[
@@ -41,7 +45,7 @@ def ppl(
     as_json: options.AsJson = False,
 ) -> None:
     """Perplexity by the protocol of the quantization papers; its parameters stand beside it."""
-    chosen = options.parse_pairs(settings or (), {"batch": _batch, "dtype": _dtype})
+    chosen = options.parse_pairs(settings or (), {"batch": _batch, "dtype": options.dtype_name})
     with console.answering(as_json=as_json):
         from loftq.cli.progress import Bar
         from loftq.eval import encode, perplexity, read_text, split_of
@@ -74,14 +78,6 @@ def _batch(value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError("expected a whole number of at least 1")
     return int(value)
-
-
-def _dtype(value: str) -> str:
-    from loftq.integrations.causal import DTYPES
-
-    if value not in DTYPES:
-        raise ValueError(f"expected one of {', '.join(DTYPES)}")
-    return value
 
 
 def _load(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loftq.cli import console, options
+from loftq.cli.gap import measure, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +59,10 @@ def export(
         str | None,
         typer.Option("--for", help="transformers, vllm or llama.cpp: picks the layout."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="With --to lora: held-out text, to measure what the move costs."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export.")
     ] = False,
@@ -70,10 +75,12 @@ def export(
     one: these two take any format.
     """
     chosen = options.parse_pairs(settings or (), KEYS)
+    found = None
     with console.answering(as_json=as_json):
         from loftq.cli.progress import Bar
         from loftq.integrations.export import export as run
 
+        _check_data(to, data)
         with Bar(console.side_screen(), "exported") as bar:
             done = run(
                 path,
@@ -84,10 +91,30 @@ def export(
                 on_step=bar.update,
                 **chosen,
             )
+        if data is not None:
+            found = measure(path, output, data, adapter=chosen.get("adapter"), device=None)
     if as_json:
-        console.emit(done.to_dict())
-    else:
-        _print(console.screen(), done)
+        console.emit({**done.to_dict(), "gap": found and found.to_dict()})
+        return
+    _print(console.screen(), done)
+    if found is not None and data is not None:
+        console.screen().print()
+        show(found, data)
+
+
+def _check_data(to: str | None, data: Path | None) -> None:
+    if data is None:
+        return
+    if to != "lora":
+        raise ValueError(
+            "--data measures what --to lora costs on the original model; leave it out here, or "
+            "score with `loftq eval ppl`."
+        )
+    if not data.is_file():
+        raise ValueError(f"{data}: no such file.")
+    from loftq.eval import read_text
+
+    read_text(data)  # before the work, not after it
 
 
 def _print(out: Console, done: Exported) -> None:

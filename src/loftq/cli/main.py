@@ -38,7 +38,9 @@ app = typer.Typer(
 )
 app.command(short_help="Say what quantizing would take and give; reads headers only.")(plan)
 app.command(short_help="Quantize a model: packed weights and the adapter start.")(quantize)
-app.add_typer(eval_app, name="eval", short_help="Score a model: perplexity.")
+app.add_typer(
+    eval_app, name="eval", short_help="Score a model: perplexity, and what `--to lora` costs."
+)
 app.command(short_help="Talk to a run or an output.")(chat)
 app.command(short_help="Lay an output out for another engine.")(export)
 app.command(short_help="Show what an output holds, and verify it.")(inspect)

@@ -143,6 +143,19 @@ def parse_pairs(words: Iterable[str], known: Mapping[str, Callable[[str], Any]])
     return found
 
 
+def dtype_name(value: str) -> str:
+    """Check the value of dtype=.
+
+    Raises:
+        ValueError: not a dtype that models are loaded in.
+    """
+    from loftq.integrations.causal import DTYPES
+
+    if value not in DTYPES:
+        raise ValueError(f"expected one of {', '.join(DTYPES)}")
+    return value
+
+
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """What to say about a key that does not exist."""
     known = list(known)

@@ -1,6 +1,16 @@
-"""What a model scores: perplexity over text."""
+"""What a model scores: perplexity over text, and what moving an adapter to another base costs."""
 
+from loftq.eval.gap import LARGE_GAP, LossGap, lora_gap
 from loftq.eval.perplexity import PerplexityResult, perplexity
 from loftq.eval.text import encode, read_text, split_of
 
-__all__ = ["PerplexityResult", "encode", "perplexity", "read_text", "split_of"]
+__all__ = [
+    "LARGE_GAP",
+    "LossGap",
+    "PerplexityResult",
+    "encode",
+    "lora_gap",
+    "perplexity",
+    "read_text",
+    "split_of",
+]

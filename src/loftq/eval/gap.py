@@ -68,6 +68,7 @@ def lora_gap(
     *,
     adapter: str | Path | None = None,
     context: int = 2048,
+    windows: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     on_window: Callable[[int, int, float], object] | None = None,
@@ -83,6 +84,7 @@ def lora_gap(
         token_ids: (n,) integer; held out from training.
         adapter: as given to `export`.
         context: tokens of a window; shortened to what the text and the model have.
+        windows: score only the first ones; None = all.
         device: where to run.
         dtype: to load both models in.
         on_window: see `perplexity`.
@@ -98,12 +100,25 @@ def lora_gap(
 
     def score(base: nn.Module, lora: Path) -> Any:
         model = load_adapter(base, lora).to(device).eval()
-        return perplexity(model, token_ids, context=context, on_window=on_window)
+        return perplexity(model, token_ids, context=context, windows=windows, on_window=on_window)
 
+    name = _base_of(exported)
     packed = score(api.load_base(source.folder, dtype=dtype), source.adapter.folder)
-    name = json.loads((exported / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     moved = score(_original(name, dtype), exported)
     return LossGap(packed=packed.nll, original=moved.nll, tokens=packed.tokens, context=context)
+
+
+def _base_of(exported: Path) -> str:
+    """The original model that an export of `--to lora` belongs to."""
+    path = exported / "loftq_export.json"
+    record = json.loads(path.read_bytes()) if path.is_file() else {}
+    if record.get("to") != "lora":
+        raise ValueError(
+            f"{exported}: not made by `loftq export --to lora`. Only such an adapter is for the "
+            "original model."
+        )
+    config = json.loads((exported / "adapter_config.json").read_bytes())
+    return str(config["base_model_name_or_path"])
 
 
 def _original(name: str, dtype: str) -> nn.Module:

@@ -22,6 +22,11 @@ class Reader:
     engine: str
     """The engine that uses it, as --for names it."""
 
+    @property
+    def reads(self) -> str:
+        """What it reads, and where: "gptq exports in transformers"."""
+        return f"{', '.join(self.targets)} exports in {self.engine}"
+
 
 READERS = (
     Reader(package="bitsandbytes", oldest="0.46.1", targets=("bnb",), engine="transformers"),
@@ -36,10 +41,11 @@ READERS = (
     Reader(
         package="vllm", oldest="0.11", targets=("compressed-tensors", "gptq", "bnb"), engine="vllm"
     ),
-    Reader(package="gguf", oldest="0.17", targets=("gguf",), engine="llama.cpp"),
     Reader(package="llama-cpp-python", oldest="0.3", targets=("gguf",), engine="llama.cpp"),
 )
 """One row a package; the versions are the oldest that we know to read our layouts."""
+WRITER, OLDEST_WRITER = "gguf", "0.17"
+"""The package that GGUF files are written with; no other export needs one."""
 
 
 def version(package: str) -> str | None:

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from loftq.checkpoint.export import ARCHITECTURES, LAYOUTS, Layout, Packed, first_obstacle
+from loftq.checkpoint.export import (
+    ARCHITECTURES,
+    LAYOUTS,
+    NAMES,
+    Layout,
+    Packed,
+    cannot_read,
+    first_obstacle,
+)
 from loftq.pipeline.plan import Plan
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -56,9 +64,16 @@ def _place(layout: Layout, weights: list[Packed], plan: Plan) -> Serving:
     problem = problem or first_obstacle(layout, weights)
     if problem:
         return Serving(engine=layout.engine, exact=False, note=problem)
+    kept = [module.module for module in plan.layout.kept]
+    reasons = {engine: cannot_read(engine, layout, weights, kept) for engine in layout.readers}
+    if all(reasons.values()):
+        found = "; ".join(f"not read by {NAMES[k]}: {reason}" for k, reason in reasons.items())
+        return Serving(engine=layout.engine, exact=False, note=found)
     flag = max_lora_rank(plan.config.rank) or "no adapter of this rank"
-    readers = layout.readers.replace("vLLM", f"vLLM ({flag})")
-    note = f"loftq export --to {layout.name}; read by {readers}"
+    shown = {**NAMES, "vllm": f"{NAMES['vllm']} ({flag})"}
+    words = [f"read by {', '.join(shown[k] for k, reason in reasons.items() if not reason)}"]
+    words += [f"not by {NAMES[k]}: {reason}" for k, reason in reasons.items() if reason]
+    note = f"loftq export --to {layout.name}; {'; '.join(words)}"
     return Serving(engine=layout.engine, exact=True, note=note)
 
 

@@ -8,9 +8,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from loftq.integrations.engines import READERS, in_range, version
 
 REQUIRED = {
     "torch": ("2.11", None),
@@ -74,6 +75,7 @@ def doctor(folder: Path | None = None) -> list[Check]:
         _memory,
         _verbs,
         _extras,
+        _readers,
     ):
         checks += _guarded(look)
     return checks
@@ -91,17 +93,17 @@ def _guarded(look: Callable[[], Iterator[Check]]) -> list[Check]:
 
 
 def _python() -> Iterator[Check]:
-    version = ".".join(map(str, sys.version_info[:3]))
+    found = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info >= PYTHON:
-        yield Check(name="python", status="ok", found=version)
+        yield Check(name="python", status="ok", found=found)
     else:
         wanted = ".".join(map(str, PYTHON))
-        yield Check(name="python", status="fail", found=version, advice=f"use {wanted} or newer")
+        yield Check(name="python", status="fail", found=found, advice=f"use {wanted} or newer")
 
 
 def _packages() -> Iterator[Check]:
     for name, (oldest, too_new) in REQUIRED.items():
-        found = _version(name)
+        found = version(name)
         wanted = f"{name}>={oldest}" + (f",<{too_new}" if too_new else "")
         advice = f"pip install '{wanted}'"
         if found is None:
@@ -110,27 +112,6 @@ def _packages() -> Iterator[Check]:
             yield Check(name=name, status="fail", found=found, advice=advice)
         else:
             yield Check(name=name, status="ok", found=found)
-
-
-def in_range(version: str, oldest: str, too_new: str | None) -> bool:
-    """Whether oldest <= version < too_new by release numbers; 2.13.0+cpu counts as 2.13.0."""
-    release = _release(version)
-    return _release(oldest) <= release and (too_new is None or release < _release(too_new))
-
-
-def _release(version: str) -> tuple[int, ...]:
-    numbers = re.match(r"\d+(\.\d+)*", version)
-    release = [int(part) for part in numbers[0].split(".")] if numbers else []
-    while release and release[-1] == 0:
-        release.pop()
-    return tuple(release)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> Iterator[Check]:
@@ -296,7 +277,7 @@ def _verbs() -> Iterator[Check]:
 def _lacking(name: str, range_: tuple[str, str | None]) -> str:
     """The requirement that is not met, or ""."""
     oldest, too_new = range_
-    found = _version(name)
+    found = version(name)
     if found is not None and in_range(found, oldest, too_new):
         return ""
     return f"{name}>={oldest}" + ("" if found is None else f" (found {found})")
@@ -304,12 +285,29 @@ def _lacking(name: str, range_: tuple[str, str | None]) -> str:
 
 def _extras() -> Iterator[Check]:
     for extra, packages in EXTRAS.items():
-        missing = [package for package in packages if _version(package) is None]
+        missing = [package for package in packages if version(package) is None]
         yield Check(
             name=f"extra {extra}",
             status="info" if missing else "ok",
             found=f"without {', '.join(missing)}" if missing else "installed",
             advice=f"pip install 'loftq[{extra}]' if you need it" if missing else "",
+        )
+
+
+def _readers() -> Iterator[Check]:
+    """What reads exports here: none of it is needed to write them."""
+    for reader in READERS:
+        found, does = version(reader.package), f"to read {reader.reads} here"
+        advice = f"pip install '{reader.package}>={reader.oldest}' {does}"
+        if found is None:
+            status, found = "info", "not installed"
+        else:
+            status = "ok" if in_range(found, reader.oldest, None) else "warn"
+        yield Check(
+            name=f"reads exports: {reader.package}",
+            status=status,
+            found=found,
+            advice="" if status == "ok" else advice,
         )
 
 

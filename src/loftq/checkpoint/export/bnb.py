@@ -38,8 +38,9 @@ class BitsAndBytes:
 
     name = "bnb"
     engine = "bitsandbytes NF4"
-    readers = "stock transformers, vLLM"
+    readers: tuple[str, ...] = ("transformers", "vllm")
     one_format = True
+    one_coding = True
     advice = "--format nf4-g64-dq (or --for transformers)"
 
     def __init__(self, dtype: str = "float32") -> None:

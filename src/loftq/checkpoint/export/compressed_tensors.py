@@ -30,8 +30,9 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     engine = "compressed-tensors"
-    readers = "vLLM, transformers"
+    readers: tuple[str, ...] = ("vllm", "transformers")
     one_format = False
+    one_coding = True
     advice = "--format sint4-g64-f16 (or --for vllm)"
 
     def obstacle(self, weight: Packed) -> str:

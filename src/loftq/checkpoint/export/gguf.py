@@ -39,8 +39,9 @@ class Gguf:
 
     name = "gguf"
     engine = "GGUF Q4_0 / IQ4_NL / Q8_0"
-    readers = "llama.cpp and what is built on it"
+    readers: tuple[str, ...] = ("llama.cpp",)
     one_format = False
+    one_coding = False
     advice = "--format iq4nl-g32-f16 (or --for llama.cpp), sint4-g32-f16 or sint8-g32-f16"
 
     def obstacle(self, weight: Packed) -> str:

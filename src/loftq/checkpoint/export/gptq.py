@@ -44,8 +44,9 @@ class Gptq:
 
     name = "gptq"
     engine = "GPTQ"
-    readers = "vLLM, transformers"
+    readers: tuple[str, ...] = ("vllm", "transformers")
     one_format = False
+    one_coding = True
     advice = "--format sint4-g64-f16 (or --for vllm)"
 
     def obstacle(self, weight: Packed) -> str:
@@ -110,6 +111,8 @@ class Gptq:
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
             "dynamic": others | left,
+            # optimum leaves other modules dense by this list alone
+            "modules_in_block_to_quantize": [[weight.module for weight in weights]],
             "meta": {"quantizer": ["loftq"]},
         }
 

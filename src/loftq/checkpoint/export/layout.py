@@ -39,8 +39,10 @@ class Layout(Protocol):
     """Name of the export target."""
     engine: str
     """Engine and format, for people."""
-    readers: str
-    """What reads it."""
+    readers: tuple[str, ...]
+    """Engines that read it, as --for names them."""
+    one_coding: bool
+    """Whether the scales of a model need the same coding."""
     one_format: bool
     """Whether all layers of a model need the same format."""
     advice: str
@@ -74,6 +76,9 @@ def first_obstacle(layout: Layout, weights: Sequence[Packed]) -> str:
     formats = sorted({str(weight.spec) for weight in weights})
     if layout.one_format and len(formats) > 1:
         return f"one format for the whole model, found {', '.join(formats)}"
+    codings = sorted({weight.spec.scale_coding for weight in weights})
+    if layout.one_coding and len(codings) > 1:
+        return f"scales of one kind in the whole model, found {' and '.join(codings)}"
     return ""
 
 

@@ -82,12 +82,15 @@ class LoraAdapter:
 
     @property
     def whole(self) -> dict[str, str]:
-        """Model tensor -> adapter tensor that replaces it (modules_to_save, a trained head)."""
+        """Model tensor -> adapter tensor that replaces it (modules_to_save, a trained head).
+
+        PEFT saves an adapted embedding with its frozen base, which is the backbone's and no change.
+        """
         factors = {name for pair in self.pairs.values() for name in pair.values()}
         return {
             name.removeprefix(ADAPTER_PREFIX): name
             for name in self.tensors.tensors
-            if name not in factors
+            if name not in factors and ".base_layer." not in name
         }
 
     def read(self, name: str) -> Tensor:

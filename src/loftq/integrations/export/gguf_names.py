@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loftq.checkpoint.export import ARCHITECTURES
+from loftq.integrations.engines import OLDEST_WRITER, WRITER, in_range, version
 from loftq.integrations.export.source import ExportError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def gguf_module() -> Any:
 
     Raises:
         ModuleNotFoundError: not installed; names the extra that brings it.
+        ExportError: installed, and older than we know to write with.
     """
     try:
         import gguf
@@ -41,6 +43,12 @@ def gguf_module() -> Any:
         raise ModuleNotFoundError(
             "GGUF files are written with the package gguf: pip install 'loftq[demo]'", name="gguf"
         ) from error
+    found = version(WRITER) or OLDEST_WRITER
+    if not in_range(found, OLDEST_WRITER, None):
+        raise ExportError(
+            f"gguf {found} is installed, which is too old to write these files: pip install "
+            f"'gguf>={OLDEST_WRITER}'"
+        )
     return gguf
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[tuple[tuple[str, Any], ...], str] = {
     (("Digits", True), ("ByteLevel", True)): "smollm",
     (("ByteLevel", True),): "gpt-2",
     (("Split", _CONTRACTIONS + r"\p{N}{1,3}" + _REST), ("ByteLevel", False)): "llama-bpe",
@@ -61,7 +61,18 @@ def write_vocab(writer: GGUFWriter, folder: Path, size: int, *, vocab: Path | No
         _write_bytes(writer, tokenizer, path, size)
     gguf = gguf_module()
     bytes_level = not model.get("byte_fallback")
-    gguf.SpecialVocab(folder, load_merges=bytes_level, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=bytes_level, n_vocab=size)
+    special.add_special_token |= _added(folder)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _added(folder: Path) -> dict[str, bool]:
+    """Which ends of a text get a token: llama.cpp has defaults of its own where nothing is said."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("a").input_ids
+    return {"bos": ids[0] == tokenizer.bos_token_id, "eos": ids[-1] == tokenizer.eos_token_id}
 
 
 def pre_tokenizer(tokenizer: dict[str, Any]) -> str | None:
@@ -82,7 +93,7 @@ def _steps(pre: dict[str, Any]) -> list[tuple[str, Any]]:
         return [("Digits", pre.get("individual_digits", False))]
     if kind == "ByteLevel" and not pre.get("add_prefix_space"):
         return [("ByteLevel", pre.get("use_regex", True))]
-    return [(str(kind), pre)]
+    return [(str(kind), json.dumps(pre))]
 
 
 def _write_bytes(writer: GGUFWriter, tokenizer: dict[str, Any], path: Path, size: int) -> None:

@@ -104,7 +104,7 @@ def check_model(job: Job, layout: Layout, total: int) -> int:
     done = total // 2
     for weight in source.weights:
         tensors = {spec.name: written.read(spec.name) for spec in layout.tensors(weight)}
-        _equal(weight, layout.unpack(weight, tensors), source.read(weight).dequantize())
+        _equal(weight, _unpacked(layout, weight, tensors), source.read(weight).dequantize())
         done += 1
         job.step(done, total)
     copies = [(written, source.backbone, source.copied)]
@@ -116,6 +116,16 @@ def check_model(job: Job, layout: Layout, total: int) -> int:
             done += 1
             job.step(done, total)
     return done - total // 2
+
+
+def _unpacked(layout: Layout, weight: Packed, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    try:
+        return layout.unpack(weight, tensors)
+    except ValueError as error:  # the description of a weight is no longer one
+        raise ExportError(
+            f"{weight.module}: what was written cannot be read back ({error}). The disk or the "
+            "memory is at fault: export again."
+        ) from error
 
 
 def _equal(weight: Packed, found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import __version__
-from loftq.checkpoint.export import Layout, first_obstacle
+from loftq.checkpoint.export import Layout, cannot_read, first_obstacle
 from loftq.integrations.export.card import export_card
 from loftq.integrations.export.job import Job, Step, as_json
 from loftq.integrations.export.serve import Serve
@@ -44,8 +44,8 @@ class Exported:
 
     @property
     def serve_command(self) -> str:
-        """The first command."""
-        return self.serve[0].command
+        """The first command; "" where no engine serves this adapter beside its base."""
+        return self.serve[0].command if self.serve else ""
 
     @property
     def nbytes(self) -> int:
@@ -156,11 +156,20 @@ def _choose(source: ExportSource, wanted: tuple[str, ...], engine: str | None) -
     problems = {}
     for name in wanted:
         layout = EXPORTS[name].layout
-        problem = "" if layout is None else obstacle(source, layout)
+        problem = "" if layout is None else _problem(source, layout, engine)
         if not problem:
             return EXPORTS[name]
         problems[name] = problem
     raise ExportError(_refusal(source, problems, engine))
+
+
+def _problem(source: ExportSource, layout: Layout, engine: str | None) -> str:
+    found = obstacle(source, layout)
+    if found:
+        return f"{layout.name} cannot hold it: {found}."
+    asked = layout.readers if engine is None else (engine,)
+    unread = [cannot_read(one, layout, source.weights, source.kept) for one in asked]
+    return f"{layout.name} holds it, but {', and '.join(unread)}." if all(unread) else ""
 
 
 def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | None) -> str:
@@ -170,11 +179,10 @@ def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | No
         assert layout is not None
         advice = layout.advice
     as_it_is = "run it as it is (import loftq; loftq.load), " if engine == "transformers" else ""
-    lines = [f"{name} cannot hold it: {problem}." for name, problem in problems.items()]
     return "\n".join(
         [
-            f"{source.folder}: exporting it would round it again, and its adapter would be wrong.",
-            *lines,
+            f"{source.folder}: rounding it again for an export would make its adapter wrong.",
+            *problems.values(),
             f"Quantize {source.model} again with {advice}, {as_it_is}{ANYWAY}.",
         ]
     )
@@ -183,11 +191,7 @@ def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | No
 def obstacle(source: ExportSource, layout: Layout) -> str:
     """Why a layout cannot hold the model; "" if it can."""
     found = architecture_obstacle(layout, source.architecture)
-    found = found or first_obstacle(layout, source.weights)
-    codings = {weight.spec.scale_coding for weight in source.weights}
-    if not found and layout.name == "compressed-tensors" and len(codings) > 1:
-        return "scales of one kind in the whole model, found float16 and bfloat16"
-    return found
+    return found or first_obstacle(layout, source.weights)
 
 
 def _check_options(row: Export, given: Mapping[str, Any]) -> None:

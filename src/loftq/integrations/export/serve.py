@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from loftq.integrations.export.adapter import LoraAdapter
+from loftq.checkpoint.export import NAMES, Layout, cannot_read
+from loftq.integrations.engines import too_old
 from loftq.integrations.export.job import ADAPTER, Job
 from loftq.pipeline.serving import LORA_RANKS, max_lora_rank
 
-OLDEST = {
-    "bitsandbytes": (0, 43),
-    "compressed-tensors": (0, 15),
-    "gptqmodel": (2, 0),
-    "vllm": (0, 8),
-}
-"""Package -> first release that reads the layout as we write it."""
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -43,15 +36,15 @@ class Serve:
 
 
 def vllm(job: Job, *, base: str, adapter: str, rank: int, flags: str = "") -> Iterator[Serve]:
-    """`vllm serve` with the adapter beside the base; nothing where vLLM cannot do it."""
-    if job.source.architecture.endswith("ForCausalLM") and not vllm_problems(job, rank):
-        words = ["vllm serve", _quoted(base), *flags.split(), "--enable-lora"]
-        words.append(f"--lora-modules {_name(job)}={_quoted(adapter)}")
+    """`vllm serve` with the adapter beside the base; nothing where vLLM cannot do that."""
+    if job.source.architecture.endswith("ForCausalLM") and not adapter_limits(job, rank):
+        words = ["vllm serve", quoted(base), *flags.split(), "--enable-lora"]
+        words.append(f"--lora-modules {_name(job)}={quoted(adapter)}")
         words.append(max_lora_rank(rank))
         yield Serve(engine="vllm", command=" ".join(words))
 
 
-def vllm_problems(job: Job, rank: int) -> list[str]:
+def adapter_limits(job: Job, rank: int) -> list[str]:
     """What keeps vLLM from serving the adapter beside its base."""
     lora, problems = job.source.adapter, []
     if not max_lora_rank(rank):
@@ -75,54 +68,54 @@ def transformers(
         base: folder or name of the base.
         adapter: folder of the adapter, or None for a merged model.
         dtype: to load in; "" = config.json's.
-        unpack: ask compressed-tensors for dense layers, which PEFT needs to see.
+        unpack: one forward pass, in which compressed-tensors makes the dense weights that PEFT asks
+            for. (Its `dequantize=True` at load does so too, for models of one width alone.)
     """
     ending = job.source.architecture
     auto = next((c for end, c in AUTO_CLASSES.items() if ending.endswith(end)), "AutoModel")
-    names, words = [auto], [repr(base)]
-    if dtype:
-        words.append(f"dtype={dtype!r}")
-    if unpack:
-        names.append("CompressedTensorsConfig")
-        words.append("quantization_config=CompressedTensorsConfig(dequantize=True)")
-    lines = [f"from transformers import {', '.join(names)}"]
+    words = repr(base) + (f", dtype={dtype!r}" if dtype else "")
+    lines = [f"from transformers import {auto}"]
     if adapter is not None:
         lines.append("from peft import PeftModel")
-    lines.append(f"model = {auto}.from_pretrained({', '.join(words)})")
+    lines.append(f"model = {auto}.from_pretrained({words})")
+    if unpack:
+        lines.append("model(**model.dummy_inputs)")
     if adapter is not None:
         lines.append(f"model = PeftModel.from_pretrained(model, {adapter!r})")
     return Serve(engine="transformers", command="; ".join(lines))
 
 
-def packed_commands(job: Job, *, dtype: str = "", unpack: bool = False) -> tuple[Serve, ...]:
-    """Both engines, for a packed model folder with its adapter inside."""
+def packed_commands(
+    job: Job, layout: Layout, *, dtype: str = "", unpack: bool = False
+) -> tuple[Serve, ...]:
+    """Each engine that reads the layout, for a model folder with its adapter inside."""
     base, adapter = str(job.output), str(job.output / ADAPTER)
     flags = f"--dtype {dtype}" if dtype else ""
     rank = job.source.adapter.rank
-    served = vllm(job, base=base, adapter=adapter, rank=rank, flags=flags)
-    own = transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack)
-    return (*served, own)
+    places = (
+        *vllm(job, base=base, adapter=adapter, rank=rank, flags=flags),
+        transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack),
+    )
+    refused = unreadable(job, layout)
+    return tuple(place for place in places if place.engine not in refused)
 
 
-def old_engines(*packages: str) -> list[str]:
-    """Packages installed here that are too old to read the export."""
-    found = []
-    for package in packages:
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-        oldest = OLDEST[package]
-        release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-        if release and release < oldest:
-            wanted = ".".join(map(str, oldest))
-            found.append(f"{package} {version} is installed here and too old: upgrade to {wanted}")
-    return found
+def packed_limits(job: Job, layout: Layout) -> list[str]:
+    """What holds of every packed export: whose the adapter is, and which engine cannot read it."""
+    lora = job.source.adapter
+    return [
+        f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise",
+        *(f"not for {NAMES[k]}: {why}" for k, why in unreadable(job, layout).items()),
+        *(adapter_limits(job, lora.rank) if "vllm" in layout.readers else ()),
+        *too_old(layout.name),
+    ]
 
 
-def pair_limit(lora: LoraAdapter) -> str:
-    """Why the adapter and this base go together."""
-    return f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise"
+def unreadable(job: Job, layout: Layout) -> dict[str, str]:
+    """Engines that read the layout, but not this model in it -> why."""
+    source = job.source
+    reasons = {k: cannot_read(k, layout, source.weights, source.kept) for k in layout.readers}
+    return {engine: why for engine, why in reasons.items() if why}
 
 
 def _is_end(module: str) -> bool:
@@ -134,7 +127,8 @@ def _name(job: Job) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem) or "adapter"
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
+    """A path as a word of the shell."""
     import shlex
 
     return shlex.quote(path)

@@ -12,7 +12,7 @@ from loftq.integrations.export.gguf_file import ADAPTER, MODEL, write_gguf
 from loftq.integrations.export.job import Job
 from loftq.integrations.export.lora import original_model, write_lora
 from loftq.integrations.export.model import write_model
-from loftq.integrations.export.serve import Serve, pair_limit
+from loftq.integrations.export.serve import Serve
 
 SCALE_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
@@ -44,13 +44,16 @@ def _write_bnb(job: Job) -> int:
     return write_model(job, _bnb_layout(job), {})
 
 
+def _bnb_commands(job: Job) -> tuple[Serve, ...]:
+    return serve.packed_commands(job, BitsAndBytes())
+
+
 def _bnb_limits(job: Job) -> list[str]:
     return [
-        pair_limit(job.source.adapter),
+        *serve.packed_limits(job, BitsAndBytes()),
         "vLLM serves it on one GPU: pre-quantized bitsandbytes weights are not split (tensor "
         "parallelism is refused)",
-        *_adapter_limits(job),
-        *serve.old_engines("bitsandbytes", "vllm"),
+        "on CPUs with AVX512-BF16 bitsandbytes multiplies in bfloat16, whatever the model's dtype",
     ]
 
 
@@ -66,24 +69,18 @@ def _write_integers(layout: Layout) -> Callable[[Job], int]:
     return write
 
 
-def _integer_commands(*, unpack: bool) -> Callable[[Job], tuple[Serve, ...]]:
+def _integer_commands(layout: Layout, *, unpack: bool) -> Callable[[Job], tuple[Serve, ...]]:
     def commands(job: Job) -> tuple[Serve, ...]:
-        return serve.packed_commands(job, dtype=_scale_dtype(job), unpack=unpack)
+        return serve.packed_commands(job, layout, dtype=_scale_dtype(job), unpack=unpack)
 
     return commands
 
 
-READERS = {
-    "gptqmodel": "transformers reads it with the packages gptqmodel and optimum",
-    "compressed-tensors": "transformers unpacks the layers as it loads: no memory is saved there",
-}
-
-
-def _integer_limits(reader: str) -> Callable[[Job], list[str]]:
+def _integer_limits(layout: Layout, in_transformers: str) -> Callable[[Job], list[str]]:
     def limits(job: Job) -> list[str]:
         dtype = _scale_dtype(job)
         found = [
-            pair_limit(job.source.adapter),
+            *serve.packed_limits(job, layout),
             f"run it in {dtype}: engines cast the scales to the model's dtype, and another 16-bit "
             f"dtype rounds them (they also round each unpacked weight to {dtype})",
         ]
@@ -92,24 +89,22 @@ def _integer_limits(reader: str) -> Callable[[Job], list[str]]:
         widths = {weight.spec.bits for weight in job.source.weights}
         if widths & {2, 3}:
             found.append("2 and 3 bits run in vLLM's general kernels, slower than 4 and 8")
-        return [*found, READERS[reader], *_adapter_limits(job), *serve.old_engines(reader, "vllm")]
+        if "transformers" not in serve.unreadable(job, layout):
+            found.append(in_transformers)
+        return found
 
     return limits
 
 
-def _adapter_limits(job: Job) -> list[str]:
-    return serve.vllm_problems(job, job.source.adapter.rank)
-
-
 def _gguf_commands(job: Job) -> tuple[Serve, ...]:
-    words = f"-m {serve._quoted(str(job.output / MODEL))}"
-    words += f" --lora {serve._quoted(str(job.output / ADAPTER))}"
+    words = f"-m {serve.quoted(str(job.output / MODEL))}"
+    words += f" --lora {serve.quoted(str(job.output / ADAPTER))}"
     return (Serve(engine="llama.cpp", command=f"llama-server {words}"),)
 
 
 def _gguf_limits(job: Job) -> list[str]:
     return [
-        pair_limit(job.source.adapter),
+        *serve.packed_limits(job, Gguf()),
         "llama.cpp rounds activations to 8 bits before it multiplies, so logits differ from "
         "transformers' in the third digit although the weights are the same",
         "do not run it through llama-quantize, and do not merge the adapter there "
@@ -129,8 +124,9 @@ def _lora_limits(job: Job) -> list[str]:
     return [
         f"for {original_model(job)}, not for the packed model; rank {rank} (twice the training's)",
         "what training changed is carried exactly; what the packed model had lost by rounding is "
-        "not there any more, so the two models differ by that: measure the loss of both",
-        *serve.vllm_problems(job, rank),
+        "not there any more, so the two models differ by that. Measure it: loftq eval gap "
+        f"{serve.quoted(str(job.source.path))} {serve.quoted(str(job.output))} --data FILE",
+        *serve.adapter_limits(job, rank),
     ]
 
 
@@ -138,7 +134,7 @@ def _dense_commands(job: Job) -> tuple[Serve, ...]:
     base = str(job.output)
     served: tuple[Serve, ...] = ()
     if job.source.architecture.endswith("ForCausalLM"):
-        served = (Serve(engine="vllm", command=f"vllm serve {serve._quoted(base)}"),)
+        served = (Serve(engine="vllm", command=f"vllm serve {serve.quoted(base)}"),)
     return (*served, serve.transformers(job, base=base, adapter=None))
 
 
@@ -159,7 +155,7 @@ EXPORTS: dict[str, Export] = {
             summary="bitsandbytes NF4 with the adapter: transformers, vLLM",
             layout=BitsAndBytes(),
             write=_write_bnb,
-            commands=serve.packed_commands,
+            commands=_bnb_commands,
             limits=_bnb_limits,
             options=("max_shard_bytes",),
         ),
@@ -168,8 +164,10 @@ EXPORTS: dict[str, Export] = {
             summary="GPTQ with the adapter: vLLM, transformers with gptqmodel",
             layout=Gptq(),
             write=_write_integers(Gptq()),
-            commands=_integer_commands(unpack=False),
-            limits=_integer_limits("gptqmodel"),
+            commands=_integer_commands(Gptq(), unpack=False),
+            limits=_integer_limits(
+                Gptq(), "transformers reads it with the packages gptqmodel and optimum"
+            ),
             options=("max_shard_bytes",),
         ),
         Export(
@@ -177,8 +175,12 @@ EXPORTS: dict[str, Export] = {
             summary="compressed-tensors with the adapter: vLLM, transformers",
             layout=CompressedTensors(),
             write=_write_integers(CompressedTensors()),
-            commands=_integer_commands(unpack=True),
-            limits=_integer_limits("compressed-tensors"),
+            commands=_integer_commands(CompressedTensors(), unpack=True),
+            limits=_integer_limits(
+                CompressedTensors(),
+                "transformers unpacks the layers in the first forward pass, as the adapter needs: "
+                "no memory is saved there",
+            ),
             options=("max_shard_bytes",),
         ),
         Export(
