@@ -50,16 +50,15 @@ def gap(
 
 def measure(path: str, exported: Path, data: Path, *, device: str | None, **chosen: Any) -> LossGap:
     """Read the text with the model's own tokenizer and score both models."""
-    import torch
     from transformers import AutoTokenizer
 
-    from loftq import api
     from loftq.cli.progress import Bar
     from loftq.eval import encode, lora_gap, read_text
+    from loftq.integrations.device import check_device, default_device
     from loftq.integrations.export import open_source
 
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    api.check_device(name)
+    name = device or default_device()
+    check_device(name)
     text = read_text(data)
     folder = open_source(path, adapter=chosen.get("adapter")).folder
     ids = encode(AutoTokenizer.from_pretrained(folder), text)

@@ -27,7 +27,7 @@ REQUIRED = {
 }
 """Package -> (oldest version, first version too new); as in pyproject.toml."""
 EXTRAS = {
-    "train": ("trl", "datasets"),
+    "train": ("trl", "datasets", "jinja2"),
     "eval": ("lm-eval", "scikit-learn", "scipy"),
     "report": ("jinja2", "matplotlib"),
     "demo": ("gguf",),
