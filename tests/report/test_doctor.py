@@ -61,7 +61,7 @@ def test_what_a_verb_takes_is_what_its_extra_brings() -> None:
 
 
 def test_a_verb_works_or_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"trl": "1.15.2", "jinja2": "3.1"}
+    versions = {"trl": "1.15.2", "jinja2": "3.1.6"}
     monkeypatch.setattr(module, "version", versions.get)
     names = found(list(module._verbs()))
     assert names["loftq chat"].status == "ok"

@@ -35,7 +35,7 @@ EXTRAS = {
 """Extra -> packages it brings; as in pyproject.toml."""
 VERBS: Mapping[str, Mapping[str, tuple[str, str | None]]] = {
     "chat": {},
-    "train": {"trl": ("1.16", None), "datasets": ("4", None)},
+    "train": {"trl": ("1.16", None), "datasets": ("4", None), "jinja2": ("3.1.6", None)},
     "report": {"jinja2": ("3.1", None), "matplotlib": ("3.9", None)},
 }
 """What a user may want to do -> packages that it takes beyond the required ones."""
