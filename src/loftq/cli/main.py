@@ -20,6 +20,7 @@ from loftq.cli.inspect import inspect
 from loftq.cli.lab import app as lab_app
 from loftq.cli.plan import plan
 from loftq.cli.quantize import quantize
+from loftq.cli.train import train
 
 FAILED = 1
 TRACEBACK = "--traceback"
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command(short_help="Say what quantizing would take and give; reads headers only.")(plan)
 app.command(short_help="Quantize a model: packed weights and the adapter start.")(quantize)
+app.command(short_help="Fine-tune the adapter of a packed model on your own data.")(train)
 app.add_typer(eval_app, name="eval", short_help="Score a model: perplexity.")
 app.command(short_help="Lay an output out for another engine.")(export)
 app.command(short_help="Show what an output holds, and verify it.")(inspect)

@@ -1,5 +1,18 @@
 """Training of adapters on a packed backbone."""
 
-from loftq.train.short import Diverged, next_token_loss, tune_briefly
+from loftq.train.config import TrainConfig
+from loftq.train.errors import Diverged, OutOfMemory, TrainError
+from loftq.train.listener import Briefing, Listener, Pace
+from loftq.train.short import next_token_loss, tune_briefly
 
-__all__ = ["Diverged", "next_token_loss", "tune_briefly"]
+__all__ = [
+    "Briefing",
+    "Diverged",
+    "Listener",
+    "OutOfMemory",
+    "Pace",
+    "TrainConfig",
+    "TrainError",
+    "next_token_loss",
+    "tune_briefly",
+]

@@ -1,0 +1,167 @@
+"""`loftq train`: from a model and a data file to a folder with the trained adapter.
+
+One function; the loop itself is TRL's. The folder of a run is complete at every moment: records
+appear whole, the adapter comes last, and whatever interrupts a run, the same call goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loftq.checkpoint.durable import ProcessLock
+from loftq.integrations.run_folder import RunFolder
+from loftq.train import resume
+from loftq.train.base import Base, find_base
+from loftq.train.config import TrainConfig, missing_packages
+from loftq.train.errors import TrainError
+from loftq.train.listener import Listener
+from loftq.train.options import Chosen, split_options
+from loftq.train.place import Place
+from loftq.train.result import TrainResult, read_result
+from loftq.train.session import Session
+
+EXTRA = {"trl": "loftq[train]", "datasets": "loftq[train]"}
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    validation: str | Path | None = None,
+    device: str | None = None,
+    cache: str | Path | None = None,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Fine-tune the adapter of a packed model on your own data.
+
+    Chats, prompt/completion pairs and plain text are learnt by supervised fine-tuning, pairs of a
+    better and a worse answer by direct preference optimization against the adapter that training
+    starts from. Called again after an interruption it goes on from the last checkpoint and ends in
+    the same adapter (on a CPU to the last bits of the loss).
+
+    Args:
+        model: output of `loftq.quantize`, run of `loftq.train` (goes on from its adapter), or a
+            full-precision model, which is quantized first and kept in `cache`.
+        data: file, folder or hub id; see docs/data.md for the formats.
+        output: folder of the run (integrations/run_folder.py).
+        validation: held-out data; None = a share of `data` (option `holdout`).
+        device: "cpu" or "cuda"; None = the GPU if there is one. Under torchrun or accelerate each
+            process takes one device.
+        cache: folder for backbones that are made here; None = loftq/packed in the user's cache.
+        overwrite: replace what an earlier run left in `output`.
+        listener: told how the run goes.
+        **options: fields of `TrainConfig` (learning_rate, epochs, ...), of `DataSettings`
+            (max_length, holdout, ...; its `format` as `data_format`) and of `QuantizeConfig`
+            (bits, rank, ..., for a full-precision model).
+
+    Returns:
+        TrainResult: losses, steps, samples, memory, and where the adapter is.
+
+    Raises:
+        TrainError: settings that cannot be carried out, other settings than those of an unfinished
+            run in `output`, a loss that is not a number, memory that is not enough.
+        DataError: rows that cannot be used.
+        ValueError: anything wrong with the model or an option.
+    """
+    chosen = split_options(options)
+    _require(chosen.config)
+    place, run = Place(device), RunFolder(Path(output))
+    names = str(model), str(data), None if validation is None else str(validation)
+    settings = chosen.settings(*names)
+    with _claimed(run, place):
+        if resume.is_finished(run) and not overwrite:
+            _refuse_differences(run, resume.differences(run, settings), finished=True)
+            return read_result(run, already_finished=True)
+        checkpoint = _begin(run, place, settings, overwrite=overwrite)
+        told = (listener or Listener()) if place.is_main else Listener()
+        base = _base(names[0], chosen, place, device, cache, told)
+        session = Session(
+            run=run,
+            base=base,
+            chosen=chosen,
+            settings=settings,
+            place=place,
+            listener=told,
+            checkpoint=checkpoint,
+        )
+        return session.carry_out(names[1], names[2])
+
+
+def _base(
+    model: str,
+    chosen: Chosen,
+    place: Place,
+    device: str | None,
+    cache: str | Path | None,
+    listener: Listener,
+) -> Base:
+    """Main process first: the others find what it made."""
+    options = dict(chosen.quantize)
+    if device is not None:
+        options["device"] = device
+    folder = None if cache is None else Path(cache)
+    if not place.is_main:
+        place.wait()
+    base = find_base(model, options, cache=folder, listener=listener)
+    if place.is_main:
+        place.wait()
+    return base
+
+
+def _begin(
+    run: RunFolder, place: Place, settings: dict[str, Any], *, overwrite: bool
+) -> resume.Checkpoint | None:
+    """The checkpoint to go on from, or None after clearing the folder for a fresh start."""
+    if not place.is_main:
+        place.wait()
+        return resume.last_checkpoint(run)
+    checkpoint = None if overwrite else resume.last_checkpoint(run)
+    if checkpoint is None:
+        resume.clear(run)
+    else:
+        _refuse_differences(run, resume.differences(run, settings), finished=False)
+    place.wait()
+    return checkpoint
+
+
+def _refuse_differences(run: RunFolder, found: list[str], *, finished: bool) -> None:
+    if found:
+        state = "a finished run" if finished else "an unfinished run"
+        raise TrainError(
+            f"{run.path}: holds {state} with other settings ({'; '.join(found)}). Choose another "
+            "folder with -o, give its own settings, or replace it with --overwrite."
+        )
+
+
+def _require(config: TrainConfig) -> None:
+    for name, extra in EXTRA.items():
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(f"training needs {name}: pip install '{extra}'.")
+    missing = missing_packages(config, importlib.util.find_spec)
+    if missing:
+        raise TrainError(
+            f"optimizer={config.optimizer}, report_to={config.report_to}: needs "
+            f"{' and '.join(missing)}. pip install {' '.join(missing)}, or choose another."
+        )
+
+
+@contextlib.contextmanager
+def _claimed(run: RunFolder, place: Place) -> Iterator[None]:
+    """No second command writes into the folder meanwhile."""
+    if not place.is_main:
+        yield
+        return
+    resume.refuse_foreign(run)
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = ProcessLock(run.path / resume.LOCK)
+    try:
+        yield
+    finally:
+        lock.release()
