@@ -37,7 +37,6 @@ def common_arguments(
     checkpoints: Path,
     dtype: str,
     device: torch.device,
-    validate: bool,
 ) -> dict[str, Any]:
     """Keyword arguments for SFTConfig and DPOConfig.
 
@@ -47,7 +46,6 @@ def common_arguments(
         checkpoints: folder for them.
         dtype: bf16, fp16 or fp32.
         device: where it trains.
-        validate: whether there are held-out rows.
     """
     return {
         "output_dir": str(checkpoints),
@@ -67,15 +65,15 @@ def common_arguments(
         "gradient_checkpointing": config.checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.checkpointing else None,
         "ddp_find_unused_parameters": False,
-        "eval_strategy": "steps" if validate else "no",
-        "eval_steps": steps.evaluate if validate else None,
-        "eval_on_start": validate,
+        "eval_strategy": "steps",
+        "eval_steps": steps.evaluate,
+        "eval_on_start": True,
         "save_strategy": "steps",
         "save_steps": steps.save,
         "save_total_limit": config.keep_checkpoints,
-        "load_best_model_at_end": validate,
-        "metric_for_best_model": "eval_loss" if validate else None,
-        "greater_is_better": False if validate else None,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
         "restore_callback_states_from_checkpoint": True,  # the patience of an early stop
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
@@ -83,5 +81,4 @@ def common_arguments(
         "disable_tqdm": True,
         "seed": config.seed,
         "data_seed": config.seed,
-        "max_length": None,  # the rows are cut already
     }

@@ -122,12 +122,9 @@ class Recorder(TrainerCallback):
 class LastStep(TrainerCallback):
     """Validate and save after the last step, whatever it is divisible by."""
 
-    def __init__(self, validate: bool) -> None:
-        self._validate = validate
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if state.global_step >= state.max_steps:
-            control.should_evaluate = self._validate
+            control.should_evaluate = True
             control.should_save = True
         return control
 

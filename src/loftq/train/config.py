@@ -9,17 +9,29 @@ from dataclasses import asdict, dataclass, fields, replace
 CONFIG_VERSION = 1
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
-    "adamw_torch_fused": (),
-    "adamw_8bit": ("bitsandbytes",),
-    "paged_adamw_8bit": ("bitsandbytes",),
-    "adamw_torch_8bit": ("torchao",),
-}
-"""Names as in transformers -> the packages that they need."""
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 LEARNING_RATES = {"sft": 2e-4, "preference": 1e-5}
 """Default learning rate of a LoRA by kind of data: preferences want a much gentler one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What an optimizer needs."""
+
+    state_bytes: int
+    """Bytes of its states for each trained weight."""
+    package: str | None = None
+    """That it is in, if not in torch."""
+
+
+OPTIMIZERS = {
+    "adamw_torch_fused": Optimizer(state_bytes=8),
+    "adamw_8bit": Optimizer(state_bytes=2, package="bitsandbytes"),
+    "paged_adamw_8bit": Optimizer(state_bytes=2, package="bitsandbytes"),
+    "adamw_torch_8bit": Optimizer(state_bytes=2, package="torchao"),
+}
+"""By transformers' names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +174,9 @@ class Steps:
 
 def missing_packages(config: TrainConfig, find: Callable[[str], object]) -> list[str]:
     """Packages that the chosen optimizer and tracker need and `find` does not find."""
-    trackers = () if config.report_to == "none" else (config.report_to,)
-    return [name for name in (*OPTIMIZERS[config.optimizer], *trackers) if find(name) is None]
+    tracker = None if config.report_to == "none" else config.report_to
+    names = (OPTIMIZERS[config.optimizer].package, tracker)
+    return [name for name in names if name is not None and find(name) is None]
 
 
 def unknown_option(name: str, known: list[str]) -> str:

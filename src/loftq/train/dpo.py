@@ -8,12 +8,15 @@ adapter is called "default", freezes a copy of it under the name "ref" and uses 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from loftq.train.trainers import Watched, one_process
+
+if TYPE_CHECKING:
+    from loftq.train.data import Prepared
 
 REFERENCE = "ref"
 
@@ -22,12 +25,18 @@ class WatchedDPOTrainer(Watched, DPOTrainer):
     """DPOTrainer, watched."""
 
 
+def arrange(prepared: Prepared, *, packing: bool) -> tuple[Dataset, Dataset]:
+    """Training and validation rows; TRL encodes them."""
+    assert not packing, "preferences are not packed"
+    return prepared.train, prepared.validation
+
+
 def build(
     *,
     model: Any,
     tokenizer: Any,
     train: Dataset,
-    validation: Dataset | None,
+    validation: Dataset,
     arguments: dict[str, Any],
     max_length: int,
     beta: float,
@@ -40,7 +49,7 @@ def build(
         model: a PEFT model; its adapter is trained.
         tokenizer: with a pad token, and a chat template where the rows are messages.
         train: rows with prompt, chosen and rejected.
-        validation: held-out rows, or None.
+        validation: held-out rows.
         arguments: from `common_arguments`.
         max_length: tokens of a prompt with its answer; longer ones are cut.
         beta: how closely the policy is held to the reference.

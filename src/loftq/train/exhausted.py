@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from loftq.train.session import Session
 
 
-def explain_memory(error: BaseException, trainer: Any, session: Session) -> OutOfMemory:
+def explain_memory(trainer: Any, session: Session) -> OutOfMemory:
     """The error with the size of the batch that did not fit and what would save most."""
     where = f"step {trainer.state.global_step + 1}"
     batch = f"{trainer.batch_rows} rows, {trainer.batch_tokens:,} tokens with padding"

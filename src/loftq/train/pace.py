@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 PASSES = {True: 4, False: 3}
-"""Passes of a step in units of a forward one: forward, two of backward, one again if checkpointed."""
+"""Checkpointed or not: forward passes that a step is worth. Backward counts as two."""
 LONGEST = 256  # tokens that are tried
 
 

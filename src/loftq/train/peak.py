@@ -1,4 +1,4 @@
-"""The most memory that a run takes: allocated on a GPU, anonymous memory of the process on a CPU."""
+"""The most memory that a run takes: what torch allocates on a GPU, anonymous memory on a CPU."""
 
 from __future__ import annotations
 

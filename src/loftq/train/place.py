@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,6 +49,15 @@ class Place:
         """Until every process is here."""
         if self._state is not None:
             self._state.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes before the others, which find what it made."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
     def loading(self) -> dict[str, Any]:
         """Options of from_pretrained: straight to the device, without a copy in host memory."""

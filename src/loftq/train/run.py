@@ -15,11 +15,12 @@ from typing import Any
 from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
-from loftq.train.base import Base, find_base
+from loftq.train.base import find_base
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
+from loftq.train.inputs import Inputs, read_inputs
 from loftq.train.listener import Listener
-from loftq.train.options import Chosen, split_options
+from loftq.train.options import split_options
 from loftq.train.place import Place
 from loftq.train.result import TrainResult, read_result
 from loftq.train.session import Session
@@ -81,54 +82,46 @@ def train(
             return read_result(run, already_finished=True)
         checkpoint = _begin(run, place, settings, overwrite=overwrite)
         told = (listener or Listener()) if place.is_main else Listener()
-        base = _base(names[0], chosen, place, device, cache, told)
+        quantize = chosen.quantize | ({} if device is None else {"device": device})
+        with place.main_first():
+            base = find_base(names[0], quantize, cache=cache and Path(cache), listener=told)
+        inputs = read_inputs(base, names[1], names[2], chosen.data, place)
+        _record(run, place, settings, inputs, resumed=checkpoint is not None)
         session = Session(
             run=run,
-            base=base,
-            chosen=chosen,
-            settings=settings,
+            inputs=inputs,
+            config=chosen.config.for_kind(inputs.prepared.kind),
             place=place,
             listener=told,
             checkpoint=checkpoint,
         )
-        return session.carry_out(names[1], names[2])
-
-
-def _base(
-    model: str,
-    chosen: Chosen,
-    place: Place,
-    device: str | None,
-    cache: str | Path | None,
-    listener: Listener,
-) -> Base:
-    """Main process first: the others find what it made."""
-    options = dict(chosen.quantize)
-    if device is not None:
-        options["device"] = device
-    folder = None if cache is None else Path(cache)
-    if not place.is_main:
-        place.wait()
-    base = find_base(model, options, cache=folder, listener=listener)
-    if place.is_main:
-        place.wait()
-    return base
+        return session.carry_out()
 
 
 def _begin(
     run: RunFolder, place: Place, settings: dict[str, Any], *, overwrite: bool
 ) -> resume.Checkpoint | None:
     """The checkpoint to go on from, or None after clearing the folder for a fresh start."""
-    if not place.is_main:
-        place.wait()
-        return resume.last_checkpoint(run)
-    checkpoint = None if overwrite else resume.last_checkpoint(run)
-    if checkpoint is None:
-        resume.clear(run)
-    else:
-        _refuse_differences(run, resume.differences(run, settings), finished=False)
-    place.wait()
+    with place.main_first():
+        checkpoint = None if overwrite else resume.last_checkpoint(run)
+        if checkpoint is not None:
+            _refuse_differences(run, resume.differences(run, settings), finished=False)
+        elif place.is_main:
+            resume.clear(run)
     return checkpoint
+
+
+def _record(
+    run: RunFolder, place: Place, settings: dict[str, Any], inputs: Inputs, *, resumed: bool
+) -> None:
+    """The records that say what this is, before anything takes time."""
+    if resumed:
+        inputs.refuse_others(run)
+    if place.is_main:
+        resume.write_record(run.config, settings)
+        resume.write_record(run.path / "base.json", inputs.base.record())
+        counts = {**inputs.prepared.counts.to_dict(), "digest": inputs.digest}
+        resume.write_record(run.data, counts)
 
 
 def _refuse_differences(run: RunFolder, found: list[str], *, finished: bool) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from loftq.integrations.run_folder import RunFolder
 
 CLOSING = 3
 """A turn ends within so many tokens: its end mark, and perhaps a line break."""
 
 
 def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, tokens: int, stop: Sequence[int]
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    stop: Sequence[int],
 ) -> list[str]:
     """Greedy continuations of all prompts, in one batch.
 
@@ -68,6 +76,19 @@ def stop_tokens(tokenizer: Any, rows: Iterable[Sequence[int]]) -> list[int]:
     stop = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     likely = ends.most_common(1)[0][0] if ends else None
     return stop if likely is None or likely in stop else [*stop, int(likely)]
+
+
+def earlier_samples(
+    run: RunFolder, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]] | None:
+    """samples.json of an earlier sitting if it answers these prompts, else None."""
+    try:
+        found = json.loads(run.samples.read_text(encoding="utf-8"))
+        asked = [{key: row[key] for key in ("prompt", "reference")} for row in found]
+        answered = all(isinstance(row["before"], str) for row in found)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if answered and asked == list(rows) else None
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from datasets import Dataset, Features, List, Value
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from loftq.train.trainers import Watched, one_process
+
+if TYPE_CHECKING:
+    from loftq.train.data import Prepared
 
 IGNORED = -100
 
@@ -16,43 +19,51 @@ class WatchedSFTTrainer(Watched, SFTTrainer):
     """SFTTrainer, watched."""
 
 
+def arrange(prepared: Prepared, *, packing: bool) -> tuple[Dataset, Dataset]:
+    """Training and validation rows with their labels, the former packed if so wanted.
+
+    Packing joins rows to full length, best fit first (arXiv:2404.10830), and cuts none: none is
+    longer than max_length.
+    """
+    train, validation = with_labels(prepared.train), with_labels(prepared.validation)
+    if packing:
+        train = pack_dataset(train, prepared.counts.max_length, "bfd")
+    return train, validation
+
+
 def build(
     *,
     model: Any,
     tokenizer: Any,
     train: Dataset,
-    validation: Dataset | None,
+    validation: Dataset,
     arguments: dict[str, Any],
     packing: bool,
-    max_length: int,
     callbacks: list[Any],
     **_: Any,
 ) -> WatchedSFTTrainer:
-    """A trainer on rows of input_ids and completion_mask (1 = the token is learnt).
+    """A trainer on rows of `arrange`.
 
     Args:
         model: a PEFT model; its adapter is trained.
         tokenizer: with a pad token.
-        train: training rows, none longer than max_length.
-        validation: held-out rows, or None.
+        train: training rows.
+        validation: held-out rows.
         arguments: from `common_arguments`.
-        packing: join short rows (best fit, decreasing) up to max_length.
-        max_length: tokens of a packed row.
+        packing: whether the training rows are packed, so that batches are without padding.
         callbacks: for the trainer.
     """
     chosen = arguments | {
         "packing": packing,
         "eval_packing": False,
-        "packing_strategy": "bfd",
-        "max_length": max_length if packing else None,
-        # Our rows have their labels, so there is nothing to prepare unless they are to be packed.
-        "dataset_kwargs": {"skip_prepare_dataset": not packing},
+        "max_length": None,  # the rows are as they should be
+        "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     return WatchedSFTTrainer(
         model=model,
         args=one_process(SFTConfig(**chosen)),
-        train_dataset=with_labels(train),
-        eval_dataset=None if validation is None else with_labels(validation),
+        train_dataset=train,
+        eval_dataset=validation,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -67,7 +78,14 @@ def with_labels(rows: Dataset) -> Dataset:
             [token if learnt else IGNORED for token, learnt in zip(ids, mask, strict=True)]
             for ids, mask in pairs
         ]
-        return {"labels": labels}
+        return {"input_ids": batch["input_ids"], "labels": labels}
 
-    labelled = rows.map(label, batched=True, load_from_cache_file=False)
-    return labelled.select_columns(["input_ids", "labels"])
+    # Both columns of one list type: packing compares their offsets.
+    features = Features({name: List(Value("int32")) for name in ("input_ids", "labels")})
+    return rows.map(
+        label,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=features,
+        load_from_cache_file=False,
+    )
