@@ -35,18 +35,11 @@ def summarize(run: RunFolder, state: Any, *, planned: int) -> dict[str, Any]:
 
 
 def write_adapter(run: RunFolder, model: Any, inputs: Inputs) -> None:
-    """RUN/adapter: weights, lineage, tokenizer, card; it appears when it is whole.
-
-    generation_config.json beside them says which tokens end an answer.
-    """
-    from transformers import GenerationConfig
-
+    """RUN/adapter: weights, lineage, tokenizer, card; it appears when it is whole."""
     partial = run.adapter.with_name("adapter.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), selected_adapters=["default"])
     write_lineage(partial, inputs.base.backbone)
     inputs.tokenizer.save_pretrained(str(partial))
-    stop = {"eos_token_id": inputs.stop, "pad_token_id": inputs.tokenizer.pad_token_id}
-    GenerationConfig(**stop).save_pretrained(str(partial))
     partial.rename(run.adapter)
     write_adapter_card(run)

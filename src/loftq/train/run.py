@@ -82,9 +82,10 @@ def train(
             return read_result(run, already_finished=True)
         checkpoint = _begin(run, place, settings, overwrite=overwrite)
         told = (listener or Listener()) if place.is_main else Listener()
-        quantize = chosen.quantize | ({} if device is None else {"device": device})
+        quantize = dict(chosen.quantize) | ({} if device is None else {"device": device})
+        kept = None if cache is None else Path(cache)
         with place.main_first():
-            base = find_base(names[0], quantize, cache=cache and Path(cache), listener=told)
+            base = find_base(names[0], quantize, cache=kept, listener=told)
         inputs = read_inputs(base, names[1], names[2], chosen.data, place)
         _record(run, place, settings, inputs, resumed=checkpoint is not None)
         session = Session(

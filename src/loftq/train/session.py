@@ -109,7 +109,9 @@ class Session:
     def _samples_before(self) -> list[dict[str, Any]]:
         """samples.json without the answers to come; those of an earlier sitting are kept."""
         held = self.inputs.prepared.prompts[: self.config.samples]
-        rows = [{"prompt": p.prompt_text, "reference": p.reference} for p in held]
+        rows: list[dict[str, Any]] = [
+            {"prompt": p.prompt_text, "reference": p.reference} for p in held
+        ]
         kept = earlier_samples(self.run, rows)
         if kept is not None or not self.place.is_main:
             return kept or []
