@@ -146,7 +146,7 @@ def test_the_device_is_checked(train: Callable, out: Path, chats: Path, tmp_path
 def test_packages_that_are_not_here_are_named(
     train: Callable, out: Path, chats: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrainError, match="needs trackio. pip install trackio"):
+    with pytest.raises(TrainError, match=r"needs trackio. pip install trackio"):
         train(out, chats, tmp_path / "run", report_to="trackio")
 
 

@@ -9,7 +9,6 @@ from loftq.integrations.card import write_adapter_card
 from loftq.integrations.metrics import read_metrics
 from loftq.integrations.peft import write_lineage
 from loftq.integrations.run_folder import RunFolder
-from loftq.train.inputs import Inputs
 
 
 def summarize(run: RunFolder, state: Any, *, planned: int) -> dict[str, Any]:
@@ -34,12 +33,12 @@ def summarize(run: RunFolder, state: Any, *, planned: int) -> dict[str, Any]:
     }
 
 
-def write_adapter(run: RunFolder, model: Any, inputs: Inputs) -> None:
+def write_adapter(run: RunFolder, model: Any, tokenizer: Any, backbone: str) -> None:
     """RUN/adapter: weights, lineage, tokenizer, card; it appears when it is whole."""
     partial = run.adapter.with_name("adapter.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), selected_adapters=["default"])
-    write_lineage(partial, inputs.base.backbone)
-    inputs.tokenizer.save_pretrained(str(partial))
+    write_lineage(partial, backbone)
+    tokenizer.save_pretrained(str(partial))
     partial.rename(run.adapter)
     write_adapter_card(run)

@@ -1,4 +1,4 @@
-"""What goes into a run: tokenizer, rows, the base; and that they are those it began with."""
+"""What goes into a run: tokenizer and rows; and that they are those it began with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from loftq.integrations.run_folder import RunFolder
@@ -23,7 +24,6 @@ WATCHED_ROWS = 200  # rows in which the mark that ends an answer is looked for
 class Inputs:
     """Rows ready for a trainer, and what made them."""
 
-    base: Base
     tokenizer: Any
     prepared: Prepared
 
@@ -45,7 +45,7 @@ class Inputs:
         first = rows.select(range(min(WATCHED_ROWS, len(rows))))
         return stop_tokens(self.tokenizer, map(_trained_part, first))
 
-    def refuse_others(self, run: RunFolder) -> None:
+    def refuse_others(self, run: RunFolder, base: Base) -> None:
         """Refuse to go on with a run that began with other rows or another backbone.
 
         Raises:
@@ -58,25 +58,32 @@ class Inputs:
                 "is tokenized differently. Restore the data, or start anew with --overwrite."
             )
         backbone = run.base().backbone
-        if backbone != self.base.backbone:
+        if backbone != base.backbone:
             raise TrainError(
                 f"{run.path}: holds an unfinished run on backbone {backbone[:12]}, and this one is "
-                f"{self.base.backbone[:12]}. Give the same model, or start anew with --overwrite."
+                f"{base.backbone[:12]}. Give the same model, or start anew with --overwrite."
             )
 
 
 def read_inputs(
-    base: Base, data: str, validation: str | None, settings: DataSettings, place: Place
+    folder: Path, data: str, validation: str | None, settings: DataSettings, place: Place
 ) -> Inputs:
-    """Tokenizer and rows for a base.
+    """Tokenizer and rows, for the model in `folder`.
 
     Raises:
         DataError: rows that cannot be used.
+        TrainError: no tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    context = AutoConfig.from_pretrained(base.folder).get_text_config()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TrainError(
+            f"{folder}: no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
+            "Copy the model's tokenizer.json and tokenizer_config.json there."
+        ) from error
+    context = AutoConfig.from_pretrained(folder).get_text_config()
     with place.main_first():  # it fills the caches
         prepared = prepare(
             data,
@@ -85,7 +92,7 @@ def read_inputs(
             validation=validation,
             model_context=getattr(context, "max_position_embeddings", None),
         )
-    return Inputs(base=base, tokenizer=tokenizer, prepared=prepared)
+    return Inputs(tokenizer=tokenizer, prepared=prepared)
 
 
 def _trained_part(row: Mapping[str, Sequence[int]]) -> Sequence[int]:

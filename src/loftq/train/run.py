@@ -15,7 +15,7 @@ from typing import Any
 from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
-from loftq.train.base import find_base
+from loftq.train.base import Base, locate, settle
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
 from loftq.train.inputs import Inputs, read_inputs
@@ -84,12 +84,15 @@ def train(
         told = (listener or Listener()) if place.is_main else Listener()
         quantize = dict(chosen.quantize) | ({} if device is None else {"device": device})
         kept = None if cache is None else Path(cache)
+        found = locate(names[0], quantize, cache=kept)
+        # The rows before the weights: quantizing takes long, and a bad row is soon found.
+        inputs = read_inputs(found.folder, names[1], names[2], chosen.data, place)
         with place.main_first():
-            base = find_base(names[0], quantize, cache=kept, listener=told)
-        inputs = read_inputs(base, names[1], names[2], chosen.data, place)
-        _record(run, place, settings, inputs, resumed=checkpoint is not None)
+            base = settle(found, quantize, told)
+        _record(run, place, settings, base, inputs, resumed=checkpoint is not None)
         session = Session(
             run=run,
+            base=base,
             inputs=inputs,
             config=chosen.config.for_kind(inputs.prepared.kind),
             place=place,
@@ -113,14 +116,20 @@ def _begin(
 
 
 def _record(
-    run: RunFolder, place: Place, settings: dict[str, Any], inputs: Inputs, *, resumed: bool
+    run: RunFolder,
+    place: Place,
+    settings: dict[str, Any],
+    base: Base,
+    inputs: Inputs,
+    *,
+    resumed: bool,
 ) -> None:
     """The records that say what this is, before anything takes time."""
     if resumed:
-        inputs.refuse_others(run)
+        inputs.refuse_others(run, base)
     if place.is_main:
         resume.write_record(run.config, settings)
-        resume.write_record(run.path / "base.json", inputs.base.record())
+        resume.write_record(run.path / "base.json", base.record())
         counts = {**inputs.prepared.counts.to_dict(), "digest": inputs.digest}
         resume.write_record(run.data, counts)
 

@@ -16,6 +16,7 @@ from loftq import api
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
 from loftq.train.arguments import DTYPES, common_arguments, resolve_dtype
+from loftq.train.base import Base
 from loftq.train.closing import summarize, write_adapter
 from loftq.train.config import OPTIMIZERS, Steps, TrainConfig
 from loftq.train.errors import TrainError
@@ -43,6 +44,7 @@ class Session:
     """What one call of `train` works with."""
 
     run: RunFolder
+    base: Base
     inputs: Inputs
     config: TrainConfig
     """Resolved for the kind of data."""
@@ -78,8 +80,8 @@ class Session:
         self.meter = PeakMeter(device)
         self.dtype = resolve_dtype(self.config.dtype, device)
         self.model = api.load(
-            self.inputs.base.folder,
-            adapter=self.inputs.base.adapter,
+            self.base.folder,
+            adapter=self.base.adapter,
             trainable=True,
             dtype=DTYPES[self.dtype],
             **self.place.loading(),
@@ -177,7 +179,7 @@ class Session:
         if self.packing:
             notes.append("short rows are packed together, each attending to itself only")
         briefing = Briefing(
-            base=self.inputs.base,
+            base=self.base,
             config=self.config,
             prepared=self.inputs.prepared,
             steps=self.steps,
@@ -236,7 +238,7 @@ class Session:
                 "device": str(self.place.device),
             }
         )
-        write_adapter(self.run, self.model, self.inputs)
+        write_adapter(self.run, self.model, self.inputs.tokenizer, self.base.backbone)
         self.listener.finished(samples)
 
 
