@@ -8,6 +8,8 @@ adapter is called "default", freezes a copy of it under the name "ref" and uses 
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -22,7 +24,17 @@ REFERENCE = "ref"
 
 
 class WatchedDPOTrainer(Watched, DPOTrainer):
-    """DPOTrainer, watched."""
+    """DPOTrainer, watched; its checkpoints hold the policy only.
+
+    The reference is the start again after a resume, so it need not be stored. And it must not be:
+    transformers 5.17 resumes nothing but the second adapter of a checkpoint with two.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer's, without the reference."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            shutil.rmtree(Path(output_dir or self.args.output_dir) / REFERENCE, ignore_errors=True)
 
 
 def arrange(prepared: Prepared, *, packing: bool) -> tuple[Dataset, Dataset]:
