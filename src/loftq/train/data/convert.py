@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loftq.train.data.prefix import shared_length
-from loftq.train.data.problems import Unusable
+from loftq.train.data.problems import Unusable, kind_of_value
 from loftq.train.data.samples import (
     ASSISTANT,
+    CONTINUES,
     ROLES,
     Chat,
     Completion,
@@ -68,8 +69,8 @@ def prompt_completion(row: Values) -> Completion | Chat:
 
 
 def text(row: Values) -> Document:
-    """{"text"}; a block of a file that goes on has {"ends": False} beside it."""
-    return Document(_string(row, "text"), ends=row.get("ends", True) is not False)
+    """{"text"}, or a block of a text file."""
+    return Document(_string(row, "text"), ends=not row.get(CONTINUES, False))
 
 
 def preference(row: Values) -> Preference:
@@ -123,7 +124,7 @@ def _turns(row: Values) -> Sequence[Any]:
 
 def _listed(row: Values, column: str) -> list[Message]:
     if not isinstance(row[column], list):
-        raise Unusable(f'"{column}" is {_kind(row[column])}; expected a list of messages.')
+        raise Unusable(f'"{column}" is {kind_of_value(row[column])}; expected a list of messages.')
     return [_message(turn, n, column) for n, turn in enumerate(row[column], 1)]
 
 
@@ -142,7 +143,9 @@ def _message(turn: Any, number: int, column: str = "messages") -> Message:
     """A turn with a known role and text; keys that hold nothing are left out."""
     where = f"turn {number} of {column}"
     if not isinstance(turn, Mapping) or "role" not in turn:
-        raise Unusable(f'{where} is {_kind(turn)}; expected an object with "role" and "content".')
+        raise Unusable(
+            f'{where} is {kind_of_value(turn)}; expected an object with "role" and "content".'
+        )
     if turn["role"] not in ROLES:
         raise Unusable(
             f"{where} has the role {turn['role']!r}; expected one of {', '.join(ROLES)}."
@@ -163,7 +166,7 @@ def _content(value: Any, where: str) -> str:
         return value
     parts = value if isinstance(value, list) else [value]
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+        kind = part.get("type") if isinstance(part, Mapping) else kind_of_value(part)
         if kind != "text" or not isinstance(part.get("text"), str):
             raise Unusable(f"{where} holds {kind}; only text can be trained on.")
     return "".join(part["text"] for part in parts)
@@ -171,7 +174,7 @@ def _content(value: Any, where: str) -> str:
 
 def _from_speaker(turn: Any, number: int) -> Message:
     if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise Unusable(f'turn {number} is {_kind(turn)}; expected {{"from", "value"}}.')
+        raise Unusable(f'turn {number} is {kind_of_value(turn)}; expected {{"from", "value"}}.')
     role = SPEAKERS.get(str(turn["from"]).lower())
     if role is None:
         known = ", ".join(SPEAKERS)
@@ -199,13 +202,7 @@ def _tools(row: Values) -> tuple[Mapping[str, Any], ...]:
 def _string(row: Values, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise Unusable(f'"{column}" is {_kind(value)}; expected text.')
+        raise Unusable(f'"{column}" is {kind_of_value(value)}; expected text.')
     if not value.strip():
         raise Unusable(f'"{column}" is empty.')
     return value
-
-
-def _kind(value: Any) -> str:
-    """A value's kind in the words of JSON."""
-    names = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else "no text")

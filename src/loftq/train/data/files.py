@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from loftq.train.data.problems import BadRow, DataError, Place
+from loftq.train.data.problems import BadRow, DataError, Place, kind_of_value
+from loftq.train.data.samples import CONTINUES
 
 BLOCK_CHARACTERS = 32_768
 """A text file is read in blocks of whole paragraphs of about this size."""
@@ -55,7 +56,7 @@ def known_kinds() -> str:
 def as_row(place: Place, value: Any) -> Row | BadRow:
     """A row of an object; anything else is a bad row."""
     if not isinstance(value, Mapping):
-        return BadRow(place, f"is {type(value).__name__}; expected an object with named columns.")
+        return BadRow(place, f"is {kind_of_value(value)}; expected an object with named columns.")
     return Row(place, {str(key): held for key, held in value.items() if held is not None})
 
 
@@ -83,13 +84,20 @@ def _read_json(path: Path) -> Rows:
     with _open(path) as file:
         raw = file.read()
     if not raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _json_lines(path, raw.splitlines())
+        yield from _json_lines(path, _lines_of(path, raw))
         return
     try:
         found = json.loads(_decoded(path, raw))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}).") from error
     yield from (as_row(Place(str(path), n), value) for n, value in enumerate(found, 1))
+
+
+def _lines_of(path: Path, raw: bytes) -> list[bytes]:
+    lines = raw.splitlines()
+    if len(lines) > 1 and lines[0].strip(b"\xef\xbb\xbf \t") == b"{":
+        raise DataError(f"{path}: is one object; expected a list of objects, or one object a line.")
+    return lines
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -113,7 +121,7 @@ def _read_text(path: Path) -> Rows:
     blocks = list(_blocks(text)) if text.strip() else []
     for number, block in enumerate(blocks, 1):
         place = Place(str(path), number, "block")
-        yield Row(place, {"text": block, "ends": number == len(blocks)})
+        yield Row(place, {"text": block, CONTINUES: number < len(blocks)})
 
 
 def _blocks(text: str) -> Iterator[str]:

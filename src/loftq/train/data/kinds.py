@@ -12,7 +12,7 @@ from loftq.train.data.counts import Tally
 from loftq.train.data.encode import Encoded, Encoder
 from loftq.train.data.formats import Format
 from loftq.train.data.pairs import Pair, PairEncoder
-from loftq.train.data.problems import BadRow
+from loftq.train.data.problems import BadRow, DataError
 from loftq.train.data.settings import DataSettings
 from loftq.train.data.show import HeldOut, RenderedExample, decoded, rendered
 from loftq.train.data.special import Special
@@ -142,6 +142,11 @@ class Choosing(Kind[Pair]):
     def dataset(self, items: Sequence[Pair]) -> Dataset:
         from datasets import Dataset
 
+        if len({isinstance(item.columns["prompt"], str) for item in items}) > 1:
+            raise DataError(
+                "some preferences are text and others messages. Write all of them in one way, or "
+                "split the data."
+            )
         return Dataset.from_list([item.columns for item in items])
 
     def size(self, item: Pair) -> tuple[int, int]:

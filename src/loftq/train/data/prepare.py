@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from loftq.train.data.counts import DataCounts, Tally
@@ -74,6 +75,7 @@ def prepare(
         DataError: the data, a setting or the tokenizer cannot be used; bad rows are listed
             together.
     """
+    _check_extra()
     bench = _Bench.of(tokenizer, settings, model_context)
     source = open_source(data)
     train = _encoded(data, source.train(), bench)
@@ -83,11 +85,17 @@ def prepare(
     elif rows is not None:
         name = f"{data} (validation)"
     if rows is None:
-        held = _held_out_of(train, bench)
+        train, held = _split(train, bench)
     else:
         assert name is not None
         held = _validation(name, rows, train, bench)
     return _prepared(train, held, bench, source.notes, name)
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("datasets", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise DataError(f"{' and '.join(missing)} missing: pip install 'loftq[train]'.")
 
 
 @dataclass(frozen=True)
@@ -162,18 +170,17 @@ def _encoded(name: str, rows: Rows, bench: _Bench) -> _Part:
     if not items:
         raise DataError(
             f"{name}: every sample is longer than max_length={bench.max_length} tokens (the "
-            f"longest has {tally.longest}). Raise max_length, or keep their beginnings with truncation=cut."
+            f"longest has {tally.longest}). Raise max_length, or keep their "
+            "beginnings with truncation=cut."
         )
     return _Part(name, reading, items, tally)
 
 
-def _held_out_of(train: _Part, bench: _Bench) -> _Part:
-    """Take the held-out items out of the training data."""
-    items, held = hold_out(
-        train.items, bench.settings.holdout, seed=bench.settings.seed, source=train.name
-    )
-    train.items[:] = items
-    return replace(train, items=held)
+def _split(part: _Part, bench: _Bench) -> tuple[_Part, _Part]:
+    """Training and held-out data of one source."""
+    share, seed = bench.settings.holdout, bench.settings.seed
+    train, held = hold_out(part.items, share, seed=seed, source=part.name)
+    return replace(part, items=train), replace(part, items=held)
 
 
 def _validation(name: str, rows: Callable[[], Rows], train: _Part, bench: _Bench) -> _Part:

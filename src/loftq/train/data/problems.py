@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 SHOWN = 5
 """Bad rows that a message quotes; the others are counted."""
@@ -74,3 +75,9 @@ class BadRows:
         yield from (f"  {row}" for row in self.first)
         if self.count > len(self.first):
             yield f"  ... and {self.count - len(self.first)} more"
+
+
+def kind_of_value(value: Any) -> str:
+    """A value's kind in the words of JSON: "text", "a list", "null"."""
+    names = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else "no JSON")

@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
 from loftq.train.data.prefix import shared_length
-from loftq.train.data.problems import Unusable
+from loftq.train.data.problems import DataError, Unusable
 from loftq.train.data.samples import ASSISTANT, Chat, Message
 from loftq.train.data.templates import require_template
 
@@ -29,6 +27,9 @@ PROBE = "zyzzyva"
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what was thought before the answer."""
+
+THOUGHT_END = "</think>"
+"""Ends a thought that stands in the content; templates put it elsewhere or leave it out."""
 
 Span = tuple[int, int]
 """Of characters: first, one after the last."""
@@ -51,7 +52,7 @@ class ChatTemplate:
 
     tokenizer: Any
     ending: str
-    """What follows an answer, up to white space: `<|im_end|>`. Empty if nothing does."""
+    """What follows an answer, up to white space: `<|im_end|>`. Empty if nothing known does."""
     header: str
     """What precedes an answer, where the template has no prompt for one."""
     marked: bool = False
@@ -62,22 +63,28 @@ class ChatTemplate:
         """Probe a tokenizer's template with one exchange; a template may refuse that one.
 
         Raises:
-            DataError: the tokenizer has none.
+            DataError: the tokenizer has none, or one that does not write what is said.
         """
         require_template(tokenizer)
-        asked: list[Message] = [{"role": "user", "content": "a"}]
-        answered = [*asked, {"role": ASSISTANT, "content": PROBE}]
         source = tokenizer.get_chat_template()
         template = cls(tokenizer, "", "", marked=bool(GENERATION.search(source)))
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        answered = [*asked, {"role": ASSISTANT, "content": PROBE}]
         try:
-            prompt = template.render(asked, prompt=True)
-            whole = template.render(answered)
+            prompt, silent = template.render(asked, prompt=True), template.render(asked)
+            last = template.render(answered)
+            inner = template.render([*answered, *asked])
         except Unusable:
             return template
-        before, _, after = whole.rpartition(PROBE)
-        silent = prompt == template.render(asked)
-        header = before[len(prompt) :] if silent and before.startswith(prompt) else ""
-        return replace(template, ending=after.strip(), header=header)
+        if PROBE not in last:
+            raise DataError(
+                "the chat template does not write the text of messages (those of models that see "
+                "images often take parts instead). Give one for text with chat_template=FILE."
+            )
+        before, _, after = last.rpartition(PROBE)
+        ending = _ending(tokenizer, inner.rpartition(PROBE)[2], after.strip())
+        unprompted = prompt == silent and before.startswith(prompt)
+        return replace(template, ending=ending, header=before[len(prompt) :] * unprompted)
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False, tools: Any = ()) -> str:
         """The text of messages, with the prompt for an answer if asked.
@@ -144,8 +151,9 @@ class ChatTemplate:
         end = self._end(chat, turn, text, start)
         if end is None or end <= start:
             return None
-        reasons = (chat.messages[turn].get(key) for key in REASONING)
-        dropped = any(reason and reason.strip() not in text[start:end] for reason in reasons)
+        message = chat.messages[turn]
+        said = [message["content"].rpartition(THOUGHT_END)[2], *map(message.get, REASONING)]
+        dropped = any(isinstance(p, str) and p.strip() not in text[start:end] for p in said)
         return None if dropped else (start, end)
 
     def _start(self, chat: Chat, turn: int, text: str) -> int | None:
@@ -163,23 +171,50 @@ class ChatTemplate:
             return self._trimmed(text, len(text))
         content = chat.messages[turn]["content"].strip()
         if self.ending and content and not chat.messages[turn].get("tool_calls"):
-            # What stands there verbatim, with nothing but the mark of the end after it.
-            mark = re.compile(re.escape(content) + r"\s*" + re.escape(self.ending))
-            found = mark.search(text, start)
-            # Nothing but what the template adds may precede it: no end of another turn.
-            if found and self.ending not in text[start : found.start()]:
-                return found.end()
+            end = self._verbatim_end(text, content, start)
+            if end is not None:
+                return end
         so_far = self.render(chat.messages[: turn + 1], tools=chat.tools)
         return self._trimmed(text, len(so_far)) if text.startswith(so_far) else None
+
+    def _verbatim_end(self, text: str, content: str, start: int) -> int | None:
+        """End of the first place from `start` where the content and the mark of the end stand.
+
+        Before it only the template's own additions may stand, not the end of another turn.
+        """
+        at = text.find(content, start)
+        while at >= 0 and self.ending not in text[start:at]:
+            end = at + len(content)
+            while text[end : end + 1].isspace():
+                end += 1
+            if text.startswith(self.ending, end):
+                return end + len(self.ending)
+            at = text.find(content, at + 1)
+        return None
 
     def _trimmed(self, text: str, end: int) -> int:
         """Without white space after the mark of the end: nobody generates past that mark."""
         return len(text[:end].rstrip()) if self.ending else end
 
 
+def _ending(tokenizer: Any, inner: str, last: str) -> str:
+    """The mark of the end, from what follows an inner answer and what follows the last one.
+
+    Templates may end the last answer in another way; then the mark is all up to the first special
+    token: of "<|end|>\\n<|user|>..." and "<|end|>\\n</s>" it is "<|end|>".
+    """
+    if inner.lstrip().startswith(last):
+        return last
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    marks = [inner.find(token) + len(token) for token in special if token in inner]
+    return inner[: min(marks)].strip() if marks else ""
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     """What a template raises, as a reason not to use the row."""
+    from jinja2 import TemplateError
+
     try:
         yield
     except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:

@@ -13,6 +13,10 @@ ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 
 
+CONTINUES = "\0continues"
+"""Column of a text file's block that the next block goes on from; no data can have it by chance."""
+
+
 @dataclass(frozen=True)
 class Chat:
     """A conversation; the assistant's turns from `first` on are answers to learn."""

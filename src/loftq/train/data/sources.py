@@ -11,7 +11,7 @@ from typing import Any
 from loftq.train.data.files import READERS, Rows, as_row, kind_of, known_kinds, read_file
 from loftq.train.data.problems import DataError, Place
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 """ORG/NAME, and the configuration after a colon where a data set has several."""
 _SPLITS = {
     "train": "train",
@@ -112,14 +112,12 @@ def _split(name: str, split: str, rows: Any) -> Rows:
 
 def _load(name: str, repository: str, configuration: str | None) -> Any:
     """All splits of a data set, from the cache or the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError("training data needs the extra: pip install 'loftq[train]'.") from error
+    from datasets import load_dataset
+
     try:
         return load_dataset(repository, configuration)
-    except (OSError, ValueError) as error:
-        # The hub's own errors are of these two kinds: offline, not found, several configurations.
+    except (OSError, ValueError, RuntimeError) as error:
+        # Offline and not found, several configurations, a data set that is a script.
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"{name}: no such file or folder here, and no data set that can be loaded from the hub "

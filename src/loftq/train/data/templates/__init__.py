@@ -77,4 +77,16 @@ def _from_file(name: str) -> str:
     text = path.read_text(encoding="utf-8")
     if not text.strip():
         raise DataError(f"chat_template={name}: the file is empty.")
+    _check_syntax(name, text)
     return text
+
+
+def _check_syntax(name: str, text: str) -> None:
+    """A mistake in a template is one error, not one for each row."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[], chat_template=text)
+    except TemplateSyntaxError as error:
+        raise DataError(f"{name}: not a template (line {error.lineno}: {error}).") from error
