@@ -59,8 +59,8 @@ def train(
         overwrite: replace what an earlier run left in `output`.
         listener: told how the run goes.
         **options: fields of `TrainConfig` (learning_rate, epochs, ...), of `DataSettings`
-            (max_length, holdout, ...; its `format` as `data_format`) and of `QuantizeConfig`
-            (bits, rank, ..., for a full-precision model).
+            (max_length, holdout, ...) and of `QuantizeConfig` (bits, rank, ..., for a
+            full-precision model).
 
     Returns:
         TrainResult: losses, steps, samples, memory, and where the adapter is.
