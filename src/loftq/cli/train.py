@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 NAMED = {"model": str, "data": str | None, "validation": str | None}
 """Arguments that a config file may hold too."""
-PLACES = {"device": str | None, "cache": str | None}
+PLACES = {"device": str | None, "cache": str | None, "memory": str | None}
 
 
 def train(
@@ -61,6 +61,10 @@ def train(
     ] = None,
     seed: options.Seed = None,
     config: options.ConfigFile = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Size of the card, such as 8GB: what is left open is chosen to fit."),
+    ] = None,
     report_to: Annotated[
         str | None, typer.Option(help="Also log to tensorboard, wandb or trackio.")
     ] = None,
@@ -75,7 +79,7 @@ def train(
     flags = {
         "data": data, "validation": validation, "bits": bits, "format": format, "method": method,
         "rank": rank, "alpha": alpha, "targets": targets, "skip": skip, "engine": engine,
-        "device": device, "seed": seed, "report_to": report_to,
+        "device": device, "seed": seed, "memory": memory, "report_to": report_to,
         "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     main = os.environ.get("RANK", "0") == "0"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from loftq.pipeline.plan import Batch, Plan
     from loftq.train.data import Prepared
+    from loftq.train.memory.fit import Fit
 
 EXAMPLE = 1200  # characters of the example that are shown
 ANSWER = 300  # of a prompt or an answer
@@ -53,6 +54,15 @@ class TrainScreen(Listener):
         """Take it away."""
         assert self._quantize is not None
         self._quantize.close()
+
+    def fitted(self, fit: Fit) -> None:
+        """What was chosen for the memory that was given."""
+        lines = console.facts()
+        for choice in fit.choices:
+            lines.add_row(choice.name, choice.value, choice.reason)
+        peak, room = console.size(fit.peak.total), console.size(fit.usable)
+        lines.add_row("fits", f"{peak} at the peak, predicted", f"of {room} that tensors may take")
+        self._screen.print(lines)
 
     def ready(self, briefing: Briefing) -> None:
         """Everything that is known before step 1."""

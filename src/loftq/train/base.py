@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq import api
+from loftq.integrations import discover
 from loftq.integrations.peft import check_lineage
 from loftq.integrations.run_folder import START, RunFolder, backbone_and_adapter
 from loftq.integrations.source import resolve_source
@@ -70,6 +71,20 @@ class Located:
     """Where the base comes from."""
     planned: Plan | None = None
     """How to make `out`, where it is not there yet."""
+
+
+def tokenizer_folder(model: str) -> Path:
+    """The folder behind MODEL that has its tokenizer: the packed one, or the full-precision one.
+
+    Raises:
+        ValueError: no such model, one that cannot be quantized, or a run whose backbone is gone.
+    """
+    if (Path(model) / "base.json").is_file():
+        return backbone_and_adapter(model)[0]
+    folder = resolve_source(model)
+    if not (folder / "loftq.json").is_file():
+        discover.refuse_unusable(folder)
+    return folder
 
 
 def locate(model: str, options: Mapping[str, Any], *, cache: Path | None) -> Located:

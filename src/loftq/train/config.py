@@ -54,6 +54,8 @@ class TrainConfig:
     checkpointing: bool = True
     """Keep only the inputs of each block and compute the rest again: much less memory, a third
     more time."""
+    host_embedding: bool = False
+    """Keep the embedding table in host memory and fetch the rows of a batch: for a full GPU."""
     dtype: str = "auto"
     """Of the computation: bf16, fp16, fp32; auto = bf16 on a GPU that has it, else fp16, and fp32
     on a CPU. Adapters are float32 always."""

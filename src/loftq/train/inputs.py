@@ -95,6 +95,12 @@ def read_inputs(
     return Inputs(tokenizer=tokenizer, prepared=prepared)
 
 
+def longest_row(inputs: Inputs) -> int:
+    """Tokens of the longest row; of preferences, which TRL encodes, the most that it lets pass."""
+    rows, most = inputs.prepared.train, inputs.prepared.counts.max_length
+    return max(map(len, rows["input_ids"])) if inputs.prepared.kind == "sft" else most
+
+
 def _trained_part(row: Mapping[str, Sequence[int]]) -> Sequence[int]:
     """The tokens of a row up to the last one that is learnt."""
     mask = row["completion_mask"]

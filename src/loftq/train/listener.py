@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loftq.train.base import Base
     from loftq.train.config import Steps, TrainConfig
     from loftq.train.data import Prepared
+    from loftq.train.memory.fit import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,9 @@ class Listener:
 
     def quantizing_done(self) -> None:
         """The backbone is complete."""
+
+    def fitted(self, fit: Fit) -> None:
+        """`memory` was given: what was chosen for it, each with its reason."""
 
     def ready(self, briefing: Briefing) -> None:
         """Everything is loaded; the first step comes next."""

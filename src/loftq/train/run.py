@@ -15,7 +15,8 @@ from typing import Any
 from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
-from loftq.train.base import Base, locate, settle
+from loftq.train.base import Base, locate, settle, tokenizer_folder
+from loftq.train.budget import fit_to
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
 from loftq.train.inputs import Inputs, read_inputs
@@ -36,6 +37,7 @@ def train(
     validation: str | Path | None = None,
     device: str | None = None,
     cache: str | Path | None = None,
+    memory: str | None = None,
     overwrite: bool = False,
     listener: Listener | None = None,
     **options: Any,
@@ -56,6 +58,8 @@ def train(
         device: "cpu" or "cuda"; None = the GPU if there is one. Under torchrun or accelerate each
             process takes one device.
         cache: folder for backbones that are made here; None = loftq/packed in the user's cache.
+        memory: size of the card, such as "8GB": what `options` leave open of bits, rank, context,
+            batch, checkpointing, embedding and head is chosen so that training fits.
         overwrite: replace what an earlier run left in `output`.
         listener: told how the run goes.
         **options: fields of `TrainConfig` (learning_rate, epochs, ...), of `DataSettings`
@@ -75,18 +79,22 @@ def train(
     _require(chosen.config)
     place, run = Place(device), RunFolder(Path(output))
     names = str(model), str(data), None if validation is None else str(validation)
-    settings = chosen.settings(*names)
+    told = (listener or Listener()) if place.is_main else Listener()
+    folder = tokenizer_folder(names[0])
+    if memory is not None:
+        rows = read_inputs(folder, names[1], names[2], chosen.data, place)
+        chosen, fit = fit_to(memory, folder, chosen, rows, place, set(options))
+        told.fitted(fit)
+    settings = {**chosen.settings(*names), "memory": memory}
     with _claimed(run, place):
         if resume.is_finished(run) and not overwrite:
             _refuse_differences(run, resume.differences(run, settings), finished=True)
             return read_result(run, already_finished=True)
         checkpoint = _begin(run, place, settings, overwrite=overwrite)
-        told = (listener or Listener()) if place.is_main else Listener()
-        quantize = dict(chosen.quantize) | ({} if device is None else {"device": device})
-        kept = None if cache is None else Path(cache)
-        found = locate(names[0], quantize, cache=kept)
         # The rows before the weights: quantizing takes long, and a bad row is soon found.
-        inputs = read_inputs(found.folder, names[1], names[2], chosen.data, place)
+        inputs = read_inputs(folder, names[1], names[2], chosen.data, place)
+        quantize = dict(chosen.quantize) | ({} if device is None else {"device": device})
+        found = locate(names[0], quantize, cache=None if cache is None else Path(cache))
         with place.main_first():
             base = settle(found, quantize, told)
         _record(run, place, settings, base, inputs, resumed=checkpoint is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -20,8 +20,8 @@ from loftq.train.base import Base
 from loftq.train.closing import summarize, write_adapter
 from loftq.train.config import OPTIMIZERS, Steps, TrainConfig
 from loftq.train.errors import TrainError
-from loftq.train.exhausted import explain_memory
-from loftq.train.inputs import Inputs
+from loftq.train.forecast import Forecast, forecast
+from loftq.train.inputs import Inputs, longest_row
 from loftq.train.listener import Briefing, Listener
 from loftq.train.pace import epoch_seconds
 from loftq.train.packing import keeps_apart
@@ -85,6 +85,7 @@ class Session:
             trainable=True,
             dtype=DTYPES[self.dtype],
             **self.place.loading(),
+            **({"embedding": "host"} if self.config.host_embedding else {}),
         )
         self.packing = self._packing()
         self.trainers = import_module(TRAINERS[self.inputs.prepared.kind])
@@ -175,7 +176,9 @@ class Session:
     def _brief(self) -> None:
         if not self.place.is_main:
             return
+        problem = self.forecast.problem
         notes = [METHODS[self.inputs.prepared.kind], self.place.note()]
+        notes.append(f"memory cannot be predicted: {problem}" if problem else "")
         if self.packing:
             notes.append("short rows are packed together, each attending to itself only")
         briefing = Briefing(
@@ -186,7 +189,7 @@ class Session:
             device=str(self.place.device),
             dtype=self.dtype,
             trainable=self.trainable,
-            memory=self.predicted,
+            memory=self.forecast.parts,
             capacity=capacity(self.place.device),
             epoch_seconds=self._guess(),
             resumed=self.first_step,
@@ -195,9 +198,17 @@ class Session:
         self.listener.ready(briefing)
 
     @cached_property
-    def predicted(self) -> Mapping[str, int]:
-        """Bytes at the peak by part."""
-        return {}
+    def forecast(self) -> Forecast:
+        """Memory of the largest batch."""
+        return forecast(
+            self.base.folder,
+            self.config,
+            kind=self.inputs.prepared.kind,
+            longest=longest_row(self.inputs),
+            packing=self.packing,
+            dtype=self.dtype,
+            device=self.place.device.type,
+        )
 
     def _guess(self) -> float | None:
         if self.inputs.prepared.kind != "sft":
@@ -215,7 +226,8 @@ class Session:
         try:
             trainer.train(resume_from_checkpoint=start)
         except torch.OutOfMemoryError as error:
-            raise explain_memory(trainer, self) from error
+            step = trainer.state.global_step + 1
+            raise self.forecast.exhausted(step, *trainer.batch_shape) from error
         finally:
             self.meter.stop()
 
@@ -226,7 +238,7 @@ class Session:
         for row, text in zip(samples, self._answer(), strict=True):
             row["after"] = text
         resume.write_record(self.run.samples, samples)
-        memory = {"predicted": dict(self.predicted), "measured_peak": self.meter.peak}
+        memory = {"predicted": dict(self.forecast.parts), "measured_peak": self.meter.peak}
         resume.write_record(self.run.memory, memory)
         summary = summarize(self.run, trainer.state, planned=self.steps.total)
         self.recorder.write_summary(

@@ -8,14 +8,12 @@ from typing import Any
 class Watched:
     """Before a TRL trainer in the order of bases."""
 
-    batch_tokens = 0
-    """Tokens of the batch that is being computed, padding included."""
-    batch_rows = 0
+    batch_shape = (0, 0)
+    """Rows and tokens of a row, padding included, of the batch that is being computed."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Remember the size of the batch, for the message of a full memory."""
-        self.batch_rows, width = inputs["input_ids"].shape
-        self.batch_tokens = self.batch_rows * width
+        self.batch_shape = tuple(inputs["input_ids"].shape)
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
