@@ -209,7 +209,7 @@ def make_plan(
     Raises:
         PlanError: anything that would fail later, all of it at once.
     """
-    specs = _formats(config, layout)
+    specs = planned_formats(config, layout)
     problems = _problems(config, layout, source, specs)
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
@@ -276,7 +276,8 @@ def adapter_names(info: LayerInfo) -> tuple[str, str]:
     return prefix + "lora_A.weight", prefix + "lora_B.weight"
 
 
-def _formats(config: QuantizeConfig, layout: ModelLayout) -> dict[str, FormatSpec]:
+def planned_formats(config: QuantizeConfig, layout: ModelLayout) -> dict[str, FormatSpec]:
+    """Format of every layer: tables in 8 bits, the rest by depth and by the user's patterns."""
     default = config.default_format()
     overrides = {pattern: parse_format(name) for pattern, name in config.formats.items()}
     tables = {info.module: config.table_format() for info in layout.layers if not info.adapted}
