@@ -9,7 +9,7 @@ of torch.cuda.max_memory_allocated on a GPU, without the CUDA context and the al
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
@@ -113,19 +113,16 @@ def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
     Raises:
         UnknownModel: the model cannot be walked through.
     """
-    dtype = DTYPES[settings.dtype]
-    trained = subject.adapter_parameters
-    fixed = {
-        **_weights(subject, dtype.itemsize),
-        "adapters": 4 * trained,
-        "optimizer": STATE_BYTES[settings.optimizer] * trained,
-    }
-    host = fixed["embedding"] if settings.embedding_on_host and not subject.tied else 0
-    if host:
-        fixed["embedding"] = 0
-    moments = _moments(subject, settings, cost_of(subject, settings), dtype)
+    fixed, host = _fixed(subject, settings)
+    cost = cost_of(subject, settings)
+    moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
     moment, variable = max(moments.items(), key=lambda item: sum(item[1].values()))
     return PeakMemory(**fixed, **variable, moment=moment, host=host)
+
+
+def fixed_bytes(subject: Subject, settings: TrainingSettings) -> int:
+    """Bytes that are on the device at every moment of a step: weights and optimizer."""
+    return sum(_fixed(subject, settings)[0].values())
 
 
 def cost_of(subject: Subject, settings: TrainingSettings) -> BlockCost:
@@ -141,6 +138,20 @@ def cost_of(subject: Subject, settings: TrainingSettings) -> BlockCost:
         device=settings.device,
     )
     return _cached_cost(_Key(subject), step)
+
+
+def _fixed(subject: Subject, settings: TrainingSettings) -> tuple[dict[str, int], int]:
+    """Bytes of weights and optimizer by part, and those in host memory."""
+    trained = subject.adapter_parameters
+    fixed = {
+        **_weights(subject, DTYPES[settings.dtype].itemsize),
+        "adapters": 4 * trained,
+        "optimizer": STATE_BYTES[settings.optimizer] * trained,
+    }
+    host = fixed["embedding"] if settings.embedding_on_host and not subject.tied else 0
+    if host:
+        fixed["embedding"] = 0
+    return fixed, host
 
 
 def _weights(subject: Subject, item: int) -> dict[str, int]:
@@ -192,8 +203,8 @@ class _Key:
 
     @property
     def _identity(self) -> tuple[object, ...]:
-        shapes = tuple((w.info.module, w.info.shape, w.rank) for w in self.subject.weights if w.rank)
-        return self.subject.name, shapes
+        layers = tuple((w.info.module, w.info.shape, w.rank) for w in self.subject.weights if w.rank)
+        return self.subject.name, layers
 
     def __hash__(self) -> int:
         return hash(self._identity)
@@ -206,7 +217,3 @@ class _Key:
 def _cached_cost(key: _Key, step: Step) -> BlockCost:
     return block_cost(key.subject, step)
 
-
-def with_settings(settings: TrainingSettings, **changes: object) -> TrainingSettings:
-    """A copy with other values."""
-    return replace(settings, **changes)  # type: ignore[arg-type]

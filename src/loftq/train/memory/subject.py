@@ -52,6 +52,8 @@ class Subject:
     weights: tuple[PackedWeight, ...]
     dense: dict[str, int]
     """Parameters that stay dense: embedding, head, backbone (norms, biases, all the rest)."""
+    tables: dict[str, str]
+    """Module paths: embedding and, unless it is tied, head."""
     tied: bool
     """The head is the embedding's table: its parameters count as the embedding's."""
     hidden: int
@@ -70,15 +72,24 @@ class Subject:
         role = EMBEDDING if self.tied else HEAD
         return any(w.info.module == self.tables[role] for w in self.weights)
 
-    @property
-    def tables(self) -> dict[str, str]:
-        """Module paths of embedding and head."""
-        return _tables(self.build())
-
     def with_rank(self, rank: int) -> Subject:
         """The same with adapters of another rank."""
         changed = (replace(w, rank=rank if w.rank else 0) for w in self.weights)
         return replace(self, weights=tuple(changed))
+
+    def with_packed_table(self, role: str, spec: FormatSpec) -> Subject:
+        """The same with its embedding or head packed without an adapter."""
+        if not self.dense[role]:
+            return self
+        shape = (self.vocabulary, self.dense[role] // self.vocabulary)
+        path = self.tables[role]
+        info = LayerInfo(
+            module=path, tensor=f"{path}.weight", shape=shape, adapted=False,
+            kind="embedding" if role == EMBEDDING else "linear",
+        )  # fmt: skip
+        table = PackedWeight(info=info, spec=spec, rank=0)
+        dense = {**self.dense, role: 0}
+        return replace(self, weights=(*self.weights, table), dense=dense)
 
 
 def subject_of_model(
@@ -164,6 +175,7 @@ def _subject(
         build=build,
         weights=tuple(weights),
         dense=_dense(model, tables, packed),
+        tables=tables,
         tied=HEAD not in tables,
         hidden=model.get_input_embeddings().embedding_dim,  # type: ignore[operator]
         vocabulary=model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
