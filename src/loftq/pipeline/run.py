@@ -16,8 +16,7 @@ from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
 from loftq.methods import LayerSolution
-from loftq.pipeline.layout import LayerInfo
-from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, adapter_names
+from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, PlannedLayer, adapter_names
 from loftq.pipeline.stream import solved_batches, union_seconds
 
 JOURNAL = ".loftq-journal.jsonl"
@@ -93,10 +92,12 @@ def run(
     return result
 
 
-def adapter_pair(info: LayerInfo, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """A (rank, in) and B (out, rank) under PEFT's names and in its orientation."""
-    name_a, name_b = adapter_names(info)
-    if info.kind == "embedding":
+def adapter_pair(layer: PlannedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A (rank, in) and B (out, rank) under PEFT's names and in its orientation; {} without rank."""
+    if not layer.rank:
+        return {}
+    name_a, name_b = adapter_names(layer.info)
+    if layer.info.kind == "embedding":
         return {name_a: B.mT.contiguous(), name_b: A.mT.contiguous()}
     return {name_a: A, name_b: B}
 
@@ -106,8 +107,7 @@ def _write(plan: Plan, batch: Batch, solution: LayerSolution, writer: Checkpoint
     for i, layer in enumerate(batch.layers):
         for part, tensor in solution.quantized[i].to_state_dict().items():
             writer.write(f"{layer.stem}.{part}", tensor.cpu().contiguous())
-        pair = adapter_pair(layer.info, solution.lora_A[i], solution.lora_B[i])
-        for name, tensor in pair.items():
+        for name, tensor in adapter_pair(layer, solution.lora_A[i], solution.lora_B[i]).items():
             writer.write(name, tensor.cpu().contiguous())
     writer.commit(batch.name, {"layers": [record.to_dict() for record in solution.records]})
     return time.perf_counter() - start
