@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,7 @@ def test_what_follows_is_sparse_and_ends_with_the_next_commands(
     steps = [line for line in answer.out.splitlines() if line.startswith("step ")]
     assert any("tokens/s" in line and "left, peak" in line for line in steps)
     assert "step 4: validation loss" in answer.out
+    assert len(re.findall(r"^an epoch takes .*, measured$", answer.out, re.MULTILINE)) == 1
     for name in ("prompt", "reference", "before", "after"):
         assert f"\n{name} " in answer.out
     assert "4 steps in" in answer.out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from loftq.integrations.metrics import read_metrics
 from loftq.integrations.peft import read_lineage
 from loftq.integrations.run_folder import open_run
 from loftq.report.collect import collect
-from loftq.train import Briefing, Listener, Pace, TrainError
+from loftq.train import Briefing, Listener, OutOfMemory, Pace, TrainError
 from loftq.train.config import TrainConfig
 
 pytestmark = pytest.mark.compat
@@ -302,10 +303,60 @@ def test_a_full_memory_says_what_was_tried(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SFTTrainer, "training_step", full)
-    with pytest.raises(TrainError, match=r"step 1: out of memory on a batch of 4 rows, .* tokens"):
-        train(out, chats, tmp_path / "run")
+    with pytest.raises(OutOfMemory) as caught:
+        train(out, chats, tmp_path / "run", max_length=48)
+    text = str(caught.value)
+    assert re.match(r"step 1: out of memory on a batch of 4 x (\d+) = \d+ tokens", text)
+    assert re.search(r"by prediction \(backbone .* GB, .*logits .* GB", text)
+    assert text.count(" saves ") == 2
     monkeypatch.undo()
-    assert train(out, chats, tmp_path / "run").summary["steps"] == 4
+    assert train(out, chats, tmp_path / "run", max_length=48).summary["steps"] == 4
+
+
+def test_memory_is_predicted_by_part_and_recorded(
+    train: Callable, out: Path, chats: Path, preferences: Path, tmp_path: Path
+) -> None:
+    listener = Stop(-1)
+    result = train(out, chats, tmp_path / "run", listener=listener, max_steps=1)
+    assert listener.briefing is not None
+    predicted = dict(listener.briefing.memory)
+    assert predicted["adapters"] == 4 * listener.briefing.trainable
+    assert predicted["optimizer"] == 8 * listener.briefing.trainable
+    assert "reference" not in predicted
+    assert result.memory["predicted"] == predicted
+    assert result.memory["measured_peak"] > 0
+    pairs = train(out, preferences, tmp_path / "dpo", chat_template=None, max_steps=1)
+    assert pairs.memory["predicted"]["reference"] == predicted["adapters"]
+
+
+def test_a_budget_chooses_what_was_left_open(
+    train: Callable, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    class Fitted(Stop):
+        def fitted(self, fit: Any) -> None:
+            self.fit = fit
+
+    def run(name: str, memory: str, **options: object) -> tuple[Any, dict[str, Any]]:
+        listener = Fitted(-1)
+        train(
+            model, chats, tmp_path / name, memory=memory, listener=listener, max_steps=1,
+            max_length=None, cache=tmp_path / "cache", samples=0, **options,
+        )  # fmt: skip
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        return listener.fit, config
+
+    wide, roomy = run("wide", "1GB")
+    tight, narrow = run("tight", "5MB", rank=4)
+    assert (roomy["bits"], roomy["rank"], roomy["checkpointing"]) == (4, 16, False)
+    assert narrow["rank"] == 4
+    assert narrow["batch_size"] < roomy["batch_size"]
+    assert narrow["batch_size"] * narrow["gradient_accumulation"] == 8
+    assert tight.peak.total <= tight.usable < wide.peak.total
+    with pytest.raises(ValueError, match=r"nothing fits. The least that training this model takes"):
+        run("none", "100KB")
+    with pytest.raises(ValueError, match="memory 'much': not a size"):
+        run("none", "much")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_unknown_option_names_the_nearest(out: Path, chats: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class TrainScreen(Listener):
         self._screen, self._side = screen, side
         self._quantize: QuantizeProgress | None = None
         self._bar: Bar | None = None
-        self._last: Mapping[str, Any] = {}
+        self._timed = False
 
     def quantizing(self, plan: Plan, folder: Path) -> None:
         """Say what comes first, and follow it."""
@@ -80,8 +80,10 @@ class TrainScreen(Listener):
 
     def step(self, row: Mapping[str, Any], pace: Pace) -> None:
         """A step is done."""
-        self._last = row
         assert self._bar is not None
+        if pace.epoch_seconds is not None and not self._timed:
+            self._timed = True
+            self._screen.print(f"an epoch takes {console.duration(pace.epoch_seconds)}, measured")
         self._bar.update(pace.step, pace.total, _status(row, pace))
         every = max(1, pace.total // LINES)
         if not self._side.is_terminal and (pace.step % every == 0 or pace.step == 1):

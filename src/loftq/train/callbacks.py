@@ -106,10 +106,13 @@ class Recorder(TrainerCallback):
         done = state.global_step - self._first_step
         each = (time.perf_counter() - self._began) / done if done else None
         left = None if each is None else each * (state.max_steps - state.global_step)
+        in_epoch = state.global_step / state.epoch if state.epoch else None
+        whole = each * in_epoch if each and in_epoch and done > 1 else None
         return Pace(
             step=state.global_step,
             total=state.max_steps,
             seconds_left=left,
+            epoch_seconds=whole,
             capacity=self._capacity,
         )
 

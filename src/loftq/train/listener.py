@@ -46,6 +46,9 @@ class Pace:
     step: int
     total: int
     seconds_left: float | None
+    """By the mean of the steps so far, validations included."""
+    epoch_seconds: float | None
+    """Of one epoch, in the same way; None until the first step, which is slow, is left behind."""
     capacity: int | None
     """Bytes of memory that the device has."""
 

@@ -77,6 +77,7 @@ class Session:
 
     def _load(self) -> None:
         device = self.place.device
+        self.trainers = import_module(TRAINERS[self.inputs.prepared.kind])  # before it is measured
         self.meter = PeakMeter(device)
         self.dtype = resolve_dtype(self.config.dtype, device)
         self.model = api.load(
@@ -88,7 +89,6 @@ class Session:
             **({"embedding": "host"} if self.config.host_embedding else {}),
         )
         self.packing = self._packing()
-        self.trainers = import_module(TRAINERS[self.inputs.prepared.kind])
         rows = self.trainers.arrange(self.inputs.prepared, packing=self.packing)
         self.train_rows, self.validation_rows = rows
         self.steps: Steps = self.config.steps(len(self.train_rows), self.place.processes)
