@@ -107,7 +107,7 @@ def test_packing_is_refused_where_rows_would_see_each_other(
     watch = Watch()
     options = {"chat_template": None, "max_steps": 1, "listener": watch}
     train(out, texts, tmp_path / "run", **options)
-    assert not any("packed together" in note for note in watch.briefing.notes)
+    assert any("padded, not packed" in note for note in watch.briefing.notes)
 
 
 def test_only_the_adapter_takes_gradients_and_blocks_are_computed_again(

@@ -46,7 +46,7 @@ def fit_to(
     from loftq.train.memory.source import configurable
     from loftq.train.memory.subject import subject_of_output
 
-    packed = (folder / "loftq.json").is_file()
+    packed, sides = (folder / "loftq.json").is_file(), SIDES[inputs.prepared.kind]
     fixed: dict[str, Any] = {}
     if packed:
         subject = subject_of_output(folder)
@@ -65,7 +65,9 @@ def fit_to(
     if "max_length" in given:
         fixed["length"] = chosen.data.max_length
     if "batch_size" in given:
-        fixed["batch_size"] = chosen.config.batch_size * SIDES[inputs.prepared.kind]
+        fixed["batch_size"] = chosen.config.batch_size * sides
+    elif sides > 1:  # one pair at a time: half of one is none
+        fixed["batch_size"] = sides
     found = fit(
         configure,
         parse_size(memory),

@@ -39,6 +39,10 @@ METHODS = {
 }
 
 
+PACKED = "short rows are packed together, each attending to itself only"
+PADDED = "rows are padded, not packed: this model's attention would let them see each other"
+
+
 @dataclass(kw_only=True)
 class Session:
     """What one call of `train` works with."""
@@ -52,6 +56,7 @@ class Session:
     listener: Listener
     checkpoint: resume.Checkpoint | None
     """Where to go on from."""
+    packing_note: str = ""
 
     def carry_out(self) -> TrainResult:
         """Train, and write everything that a finished run holds."""
@@ -101,12 +106,14 @@ class Session:
         if prepared.kind != "sft":
             raise TrainError("packing=true: preferences come in pairs and are not packed.")
         if keeps_apart(self.model, len(self.inputs.tokenizer)):
+            self.packing_note = PACKED
             return True
         if wanted:
             raise TrainError(
                 "packing=true: this model's attention would let packed rows see each other. Leave "
                 "packing out; rows are padded instead."
             )
+        self.packing_note = PADDED
         return False
 
     def _samples_before(self) -> list[dict[str, Any]]:
@@ -177,10 +184,8 @@ class Session:
         if not self.place.is_main:
             return
         problem = self.forecast.problem
-        notes = [METHODS[self.inputs.prepared.kind], self.place.note()]
+        notes = [METHODS[self.inputs.prepared.kind], self.place.note(), self.packing_note]
         notes.append(f"memory cannot be predicted: {problem}" if problem else "")
-        if self.packing:
-            notes.append("short rows are packed together, each attending to itself only")
         briefing = Briefing(
             base=self.base,
             config=self.config,

@@ -253,7 +253,10 @@ def test_a_length_over_the_models_context_is_refused(chats: str) -> None:
         ({"holdout": 0}, "holdout=0: must lie between 0 and 1"),
         ({"holdout": 1.0}, "holdout=1: must lie between"),
         ({"limit": 0}, "limit=0: must be at least 1"),
-        ({"data_format": "csv"}, "data_format='csv' does not exist; choose one of preference, messages"),
+        (
+            {"data_format": "csv"},
+            "data_format='csv' does not exist; choose one of preference, messages",
+        ),
         ({"truncation": "fold"}, "truncation='fold' does not exist; choose one of drop, cut"),
         ({"on_bad_rows": "hide"}, "on_bad_rows='hide' does not exist"),
     ],
