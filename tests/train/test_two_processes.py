@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny_chat
 from loftq.integrations.metrics import read_metrics
 
 
@@ -16,6 +17,7 @@ from loftq.integrations.metrics import read_metrics
 def test_two_processes_train_what_one_does(
     train: Callable, out: Path, chats: Path, tmp_path: Path
 ) -> None:
+    tiny_chat.write_chats(chats, rows=17)  # 16 to train: whole batches, so that no row is repeated
     words = ["max_length=48", "chat_template=chatml", "sample_tokens=4", "max_steps=3",
              "learning_rate=0.01", "report=false", "batch_size=4", "gradient_accumulation=1",
              "--device", "cpu", "--json"]  # fmt: skip
