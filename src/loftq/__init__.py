@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loftq.api import export, greedy_adapter, load, plan, quantize, quantize_model
     from loftq.formats import FormatSpec, QuantizedTensor, parse_format
     from loftq.methods import METHODS
+    from loftq.train.run import train
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_model",
+    "train",
 ]
 
 _HOME = {
@@ -54,6 +56,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from its module at its first use."""
+    if name == "train":  # the room of that name, which can be called
+        return import_module("loftq.train")
     if name not in _HOME:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

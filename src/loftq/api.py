@@ -122,7 +122,12 @@ def quantize_model(
 
 
 def load(
-    path: str | Path, *, trainable: bool = False, adapter: str | Path | None = None, **kwargs: Any
+    path: str | Path,
+    *,
+    trainable: bool = False,
+    adapter: str | Path | None = None,
+    embedding: str = "device",
+    **kwargs: Any,
 ) -> PeftModel:
     """The packed model of a folder made by `quantize`, with its adapter, as a PEFT model.
 
@@ -131,18 +136,29 @@ def load(
         trainable: whether the adapter is to be trained.
         adapter: adapter folder; None = the start adapter (path/init_adapter). One that belongs to
             another backbone is refused.
+        embedding: "host" keeps the token embedding in host memory and moves the rows that a batch
+            looks up; refused where the head shares the table. "device": with the rest.
         **kwargs: passed to transformers' from_pretrained (dtype, device_map, ...).
     """
     folder = discover.resolve_source(path)
-    base = load_base(folder, **kwargs)
+    base = load_base(folder, embedding=embedding, **kwargs)
     chosen = Path(adapter) if adapter is not None else folder / "init_adapter"
     return load_adapter(base, chosen, trainable=trainable)
 
 
-def load_base(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """The packed model alone, in the class its config names."""
+def load_base(folder: Path, *, embedding: str = "device", **kwargs: Any) -> PreTrainedModel:
+    """The packed model alone, in the class its config names; `embedding` as in `load`."""
+    from loftq.integrations.host import PLACES, keep_on_host_, one_device
+
+    if embedding not in PLACES:
+        raise ValueError(f"embedding={embedding!r}: choose one of {', '.join(PLACES)}.")
     model_class = discover.model_class(folder)
-    return model_class.from_pretrained(folder, **kwargs)
+    if embedding == "device":
+        return model_class.from_pretrained(folder, **kwargs)
+    device = one_device(kwargs.pop("device_map", None))
+    model = model_class.from_pretrained(folder, **kwargs)
+    keep_on_host_(model)  # before the move, so that the table never is on the device
+    return model if device is None else model.to(device)
 
 
 def _prepare(
@@ -158,6 +174,7 @@ def _prepare(
         targets=list(config.targets) or None,
         skip=list(config.skip),
         embeddings=config.embeddings,
+        tables=config.tables,
     )
     planned = make_plan(config, layout, source, device=device, max_shard_bytes=max_shard_bytes)
     return folder, source, planned

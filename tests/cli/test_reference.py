@@ -12,6 +12,7 @@ from loftq.cli.main import app
 from loftq.cli.options import SHARD_BYTES, keys
 from loftq.integrations.generate import Sampling
 from loftq.pipeline.config import QuantizeConfig
+from loftq.train.config import TrainConfig
 
 PAGE = (Path(__file__).parents[2] / "docs/cli.md").read_text()
 ROWS = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE, re.MULTILINE))
@@ -20,6 +21,7 @@ VERBS = {
     "plan": ("plan",),
     "quantize": ("quantize",),
     "inspect": ("inspect",),
+    "train": ("train",),
     "eval ppl": ("eval", "ppl"),
     "chat": ("chat",),
     "eval gap": ("eval", "gap"),
@@ -75,3 +77,14 @@ def test_the_defaults_of_flags_are_those_of_the_configuration(flag: str, default
     row = re.search(rf"^\| `--{flag}` \| `?(\w+)`? \|", PAGE, re.MULTILINE)
     assert row is not None
     assert row[1] == str(default)
+
+
+def test_every_key_of_train_is_listed_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section("train"), re.MULTILINE))
+    by_flag = {"seed", "report_to"}
+    assert rows.keys() == {f.name for f in fields(TrainConfig)} - by_flag | {"cache"}
+    for field in fields(TrainConfig):
+        if field.name in by_flag or field.default is None:
+            continue  # a default that depends is put in words
+        shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        assert rows[field.name] == f"`{shown}`", field.name

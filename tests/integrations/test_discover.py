@@ -433,7 +433,7 @@ def test_embeddings_that_scale_their_output_are_not_plain_ones():
 
 @pytest.mark.parametrize("name", ["llama-tied", "bert-masked", "gpt2", "t5"])
 def test_embeddings_that_share_their_weight_are_refused(name):
-    with pytest.raises(ValueError, match="Leave embeddings out"):
+    with pytest.raises(ValueError, match="Pack the two without one"):
         discover.describe_model(zoo.build(name), embeddings=True)
 
 

@@ -277,9 +277,15 @@ def test_tensor_parallelism_is_refused(folder: Path):
         quantizer.preprocess_model(model)
 
 
-def test_a_packed_embedding_tied_to_a_dense_head_is_refused(tmp_path: Path):
-    write_packed(tiny_llama(tied=True), tmp_path, embeddings=True)
-    with pytest.raises(ValueError, match=r"tied.*without embeddings"):
+def test_a_packed_head_tied_to_a_dense_embedding_is_refused(tmp_path: Path):
+    write_packed(tiny_llama(tied=True), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    layers = config["quantization_config"]["layers"]
+    layers["lm_head"] = layers.pop("model.layers.0.mlp.up_proj")
+    layers["lm_head"]["shape"] = [97, 48]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lm_head is packed.*which is not"):
         load(tmp_path)
 
 

@@ -27,7 +27,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 import loftq
 from loftq.formats import parse_format
-from loftq.integrations.transformers import BUILDERS
+from loftq.integrations.builders import BUILDERS
 from loftq.nn import PackedLayer, pack_layer
 from loftq.nn.replace import builder_of
 from loftq.rounding.rtn import round_to_nearest

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 
-from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.plan import Plan
 
 ASKED = "as asked"
@@ -65,7 +64,7 @@ def _method(plan: Plan, given: Set[str]) -> Choice:
 
 
 def _rank(plan: Plan, given: Set[str]) -> Choice:
-    parameters = sum(adapter_parameters(layer.info, plan.config.rank) for layer in plan.layers)
+    parameters = plan.adapter_parameters
     value = f"{plan.config.rank} ({parameters:,} adapter weights)"
     share = f"{parameters / plan.weights:.1%} of the quantized weights"
     if "rank" in given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from loftq.cli import console, options
 
 app = typer.Typer(
-    help="Experiments: the demo, and the methods that tables compare.",
+    help="Experiments: the demo, the methods that tables compare, recipes of `train`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -61,3 +62,31 @@ def demo(
     from loftq.lab.demo import run_demo
 
     run_demo(model=model, as_json=as_json)
+
+
+@app.command(short_help="List the recipes of `train`, or copy one.")
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to copy.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder or file to copy it to.")
+    ] = Path("."),
+    as_json: options.AsJson = False,
+) -> None:
+    """List the recipes of `loftq train`, or copy one to edit: `loftq train ... --config FILE`."""
+    from loftq.lab import cookbook
+
+    known = cookbook.recipes()
+    copied = None if name is None else cookbook.copy_recipe(name, output)
+    if as_json:
+        purposes = {key: cookbook.purpose(text) for key, text in known.items()}
+        console.emit({"recipes": purposes, "copied": copied and str(copied)})
+        return
+    out = console.screen()
+    if copied is not None:
+        out.print(f"{copied}: edit it, then loftq train MODEL --config {copied} --data FILE -o RUN")
+        return
+    lines = console.facts()
+    for key, text in known.items():
+        lines.add_row(key, cookbook.purpose(text))
+    out.print(lines)
+    out.print("loftq lab recipes NAME copies one here.", style="dim")

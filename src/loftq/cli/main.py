@@ -21,6 +21,7 @@ from loftq.cli.inspect import inspect
 from loftq.cli.lab import app as lab_app
 from loftq.cli.plan import plan
 from loftq.cli.quantize import quantize
+from loftq.cli.train import train
 
 FAILED = 1
 TRACEBACK = "--traceback"
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command(short_help="Say what quantizing would take and give; reads headers only.")(plan)
 app.command(short_help="Quantize a model: packed weights and the adapter start.")(quantize)
+app.command(short_help="Fine-tune the adapter of a packed model on your own data.")(train)
 app.add_typer(
     eval_app, name="eval", short_help="Score a model: perplexity, and what `--to lora` costs."
 )

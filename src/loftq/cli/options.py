@@ -86,7 +86,10 @@ class Request:
 
 
 def collect(
-    flags: Mapping[str, Any], settings: Iterable[str] | None, config: Path | None
+    flags: Mapping[str, Any],
+    settings: Iterable[str] | None,
+    config: Path | None,
+    known: Mapping[str, Any] | None = None,
 ) -> Request:
     """Merge the config file, the key=value pairs and the flags, the later over the earlier.
 
@@ -94,18 +97,20 @@ def collect(
         flags: library name -> value of the flag, None (or False, or no items) where not given.
         settings: "key=value" words.
         config: YAML file.
+        known: every key with its type; None = those of a quantization.
 
     Raises:
         typer.BadParameter: a word that is not key=value, an unknown key, or a flag given twice.
         ValueError: a config file with an unknown key, or a value of the wrong type anywhere.
     """
-    options = {} if config is None else _from_file(config)
-    pairs = _pairs(settings or ())
+    known = keys() if known is None else known
+    options = {} if config is None else _from_file(config, known)
+    pairs = _pairs(settings or (), known)
     chosen = {key: value for key, value in flags.items() if _was_given(value)}
     twice = sorted(pairs.keys() & chosen.keys())
     if twice:
         raise typer.BadParameter(f"{twice[0]} is given as a flag and as {twice[0]}=...; give one.")
-    options |= {key: _typed(key, value) for key, value in (pairs | chosen).items()}
+    options |= {key: _typed(key, value, known) for key, value in (pairs | chosen).items()}
     options = {key: value for key, value in options.items() if value is not None}
     after = {key: options.pop(key) for key in AFTER_KEYS if key in options}
     return Request(options, after)
@@ -164,9 +169,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"unknown option {key!r}. {hint}Known: {', '.join(known)}."
 
 
-def _pairs(words: Iterable[str]) -> dict[str, str]:
+def _pairs(words: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
-    known = keys()
     for word in words:
         key, value = _split(word)
         if key not in known:
@@ -187,7 +191,7 @@ def _split(word: str) -> tuple[str, str]:
     return ALIASES.get(key, key), value.strip()
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     import yaml
 
     try:
@@ -197,13 +201,13 @@ def _from_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines of `key: value`, found {type(values).__name__}.")
     _check_version(path, values.pop("version", None))
-    known, found = keys(), {}
+    found = {}
     for name, value in values.items():
         key = ALIASES.get(str(name), str(name).replace("-", "_"))
         if key not in known:
             raise ValueError(f"{path}: {unknown_key(str(name), known)}")
         try:
-            found[key] = _typed(key, value)
+            found[key] = _typed(key, value, known)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return found
@@ -216,11 +220,11 @@ def _check_version(path: Path, version: object) -> None:
         raise ValueError(f"{path}: version {version!r} is not {CONFIG_VERSION}: update loftq.")
 
 
-def _typed(key: str, value: Any) -> Any:
+def _typed(key: str, value: Any, known: Mapping[str, Any]) -> Any:
     """The value in the type of its key; words and YAML values alike. None is "the default"."""
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         return None
-    hint = str(keys()[key])
+    hint = str(known[key])
     if key == SHARD_BYTES:
         return byte_count(key, value)
     if "Mapping" in hint:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loftq import __version__
 from loftq.integrations.card import CARD, origin_of, output_card
+from loftq.pipeline.layout import SHARES
 from loftq.pipeline.plan import Plan
 from loftq.pipeline.run import RunResult
 
@@ -56,10 +57,15 @@ def quantization_config(result: RunResult) -> dict[str, Any]:
         "version": QUANT_VERSION,
         "weights": WEIGHTS_INDEX,
         "layers": layer_entries(plan),
-        "modules_to_not_convert": sorted(kept.module for kept in plan.layout.kept),
+        "modules_to_not_convert": dense_modules(plan),
         "backbone": result.backbone,
         "adapter_required": plan.config.resolved_method().adapter_required,
     }
+
+
+def dense_modules(plan: Plan) -> list[str]:
+    """Linear-like modules that stay dense; a head that shares the packed embedding is none."""
+    return sorted(kept.module for kept in plan.layout.kept if kept.reason != SHARES)
 
 
 def layer_entries(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -91,9 +97,10 @@ def adapter_config(plan: Plan, base: str) -> dict[str, Any]:
 
 def target_modules(plan: Plan) -> list[str]:
     """Short names where they select exactly the quantized layers, whole paths otherwise."""
-    chosen = {layer.info.module for layer in plan.layers}
+    chosen = {layer.info.module for layer in plan.layers if layer.rank}
     suffixes = sorted({module.rsplit(".", 1)[-1] for module in chosen})
-    others = {kept.module for kept in plan.layout.kept} - chosen
+    others = {kept.module for kept in plan.layout.kept}
+    others |= {layer.info.module for layer in plan.layers if not layer.rank}
     if any(other.rsplit(".", 1)[-1] in suffixes for other in others):
         return sorted(chosen)
     return suffixes

@@ -9,7 +9,7 @@ at the default format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from loftq.integrations.source import (
     remote_code_problem,
     resolve_source,
 )
-from loftq.integrations.structure import examine, quantizable
+from loftq.integrations.structure import Anatomy, examine, quantizable, tied_modules
 from loftq.integrations.survey import Weight, survey
 from loftq.integrations.tensor_names import TensorNames, find_tensors
-from loftq.pipeline.layout import KeptInfo, LayerInfo, ModelLayout
+from loftq.pipeline.layout import SHARES, KeptInfo, LayerInfo, ModelLayout
 
 __all__ = [
     "SourceError",
@@ -66,6 +66,7 @@ def describe_folder(
     targets: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     embeddings: bool = False,
+    tables: Collection[str] = (),
 ) -> ModelLayout:
     """The layout of the model in `folder`, without reading a weight.
 
@@ -78,15 +79,19 @@ def describe_folder(
             pattern that selects none of them may name a pooler or projection outside. None = all.
         skip: patterns of modules to leave alone.
         embeddings: quantize the embeddings too; refused where the head shares them.
+        tables: "embedding", "head": packed without an adapter; a tied head shares the packed bytes.
 
     Raises:
         SourceError: the model cannot be built, or has nothing to quantize.
         ValueError: a pattern selects nothing, a tensor is missing or has another shape (all are
             listed).
     """
-    model = _meta_model(folder)
+    model = meta_model(folder)
     names = find_tensors(model, tensors)
-    layout = _describe(model, names, targets=targets, skip=skip, embeddings=embeddings)
+    layout = _describe(
+        model, names, targets=targets, skip=skip, embeddings=embeddings, tables=tables
+    )
+    _refuse_copies(layout.layers, tied_modules(model), names)
     problems = [p for layer in layout.layers if (p := _tensor_problem(layer, tensors, names))]
     if problems:
         shown = "\n".join(problems[:20])
@@ -105,6 +110,7 @@ def describe_model(
     targets: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     embeddings: bool = False,
+    tables: Collection[str] = (),
 ) -> ModelLayout:
     """The layout of a loaded model; tensors are named after its modules.
 
@@ -122,7 +128,7 @@ def describe_model(
         )
     parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
     names = TensorNames({name: name for name in parameters})
-    return _describe(model, names, targets=targets, skip=skip, embeddings=embeddings)
+    return _describe(model, names, targets=targets, skip=skip, embeddings=embeddings, tables=tables)
 
 
 def task_type(architecture: str) -> str | None:
@@ -167,7 +173,12 @@ def _named_class(config: Mapping[str, Any], loaded: Any) -> Any:
     return None
 
 
-def _meta_model(folder: Path) -> nn.Module:
+def meta_model(folder: Path) -> nn.Module:
+    """The model of `folder` on the meta device, in the class config.json names.
+
+    Raises:
+        SourceError: transformers cannot build it.
+    """
     config = _load_config(folder)
     named = _named_class(read_config(folder), config)
     try:
@@ -188,12 +199,19 @@ def _describe(
     targets: Sequence[str] | None,
     skip: Sequence[str],
     embeddings: bool,
+    tables: Collection[str],
 ) -> ModelLayout:
     anatomy = examine(model)
-    weights = _choose(survey(model, anatomy, names, embeddings=embeddings), targets, skip)
+    found = survey(model, anatomy, names, embeddings=embeddings, tables=tables)
+    weights = _choose(found, targets, skip)
     layers = tuple(w.layer for w in weights if w.reason is None and w.layer is not None)
+    packed = {layer.module for layer in layers}
     kept = tuple(
-        KeptInfo(module=w.path, parameters=w.parameters, reason=w.reason)
+        KeptInfo(
+            module=w.path,
+            parameters=w.parameters,
+            reason=SHARES if anatomy.tied.get(w.path) in packed else w.reason,
+        )
         for w in weights
         if w.reason is not None
     )
@@ -203,7 +221,8 @@ def _describe(
             ", ".join(f"{k.module} ({k.reason})" for k in kept[:8]) or "no linear layers at all"
         )
         raise SourceError(f"{name}: nothing to quantize: {listed}. Choose other targets or model.")
-    _refuse_shared(layers, anatomy.tied)
+    _refuse_unpacked(model, layers, anatomy, tables)
+    _refuse_shared(model, layers, anatomy.tied)
     return ModelLayout(
         model_type=getattr(getattr(model, "config", None), "model_type", None) or "",
         architecture=name,
@@ -223,7 +242,8 @@ def _choose(
     complaints = [unmatched(targets or (), paths, where="targets")]
     complaints.append(unmatched(skip, paths, where="skip"))
     if targets is not None:
-        chosen: set[str] = {w.path for w in weights if w.layer and w.layer.kind == "embedding"}
+        tables = (w for w in weights if w.layer and w.reason is None)
+        chosen = {w.path for w in tables if w.layer.kind == "embedding" or not w.layer.adapted}
         for pattern in targets:
             hits = [w for w in weights if matches(pattern, w.path)]
             free = [w for w in hits if w.reason is None]
@@ -257,14 +277,54 @@ def _forbidden(pattern: str, hits: Sequence[Weight]) -> str:
     )
 
 
-def _refuse_shared(layers: Sequence[LayerInfo], tied: Mapping[str, str]) -> None:
+def _refuse_unpacked(
+    model: nn.Module, layers: Sequence[LayerInfo], anatomy: Anatomy, tables: Collection[str]
+) -> None:
+    """A table that was asked for in 8 bits and cannot be packed is said, not left out."""
+    packed = {layer.module for layer in layers if not layer.adapted}
+    owners = {anatomy.tied.get(head, head) for head in anatomy.heads}
+    with_rows = {p for p, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    for key, paths in (("embedding", with_rows), ("head", owners)):
+        if key in tables and not paths & packed:
+            kinds = {type(model.get_submodule(path)).__name__ for path in paths}
+            found = ", ".join(sorted(kinds)) or "none"
+            raise ValueError(
+                f"{key}=8: no {key} of {type(model).__name__} can be packed (found: {found}). "
+                f"Leave it at 16 bits: {key}=16."
+            )
+
+
+def _refuse_shared(model: nn.Module, layers: Sequence[LayerInfo], tied: Mapping[str, str]) -> None:
+    """Whatever is tied to a packed embedding must be able to read its packed bytes."""
     for layer in layers:
         others = [module for module, owner in tied.items() if owner == layer.module]
-        if layer.kind == "embedding" and others:
+        if layer.kind == "embedding" and layer.adapted and others:
             raise ValueError(
-                f"{layer.module}: its weight is also that of {', '.join(others)}; packing an "
-                "embedding together with what is tied to it is not supported yet. Leave embeddings "
-                f"out, or skip this one (skip={layer.module!r})."
+                f"{layer.module}: its weight is also that of {', '.join(others)}, which would do "
+                "without the adapter that an embedding packed with embeddings=true needs. Pack the "
+                f"two without one (embedding=8), or skip this one (skip={layer.module!r})."
+            )
+        foreign = [m for m in others if quantizable(model.get_submodule(m)) is None]
+        if layer.kind == "embedding" and foreign:
+            kind = type(model.get_submodule(foreign[0])).__name__
+            raise ValueError(
+                f"{layer.module}: its weight is also that of {foreign[0]}, a {kind}, which cannot "
+                "read packed bytes. Leave both at 16 bits: embedding=16 head=16."
+            )
+
+
+def _refuse_copies(
+    layers: Sequence[LayerInfo], tied: Mapping[str, str], names: TensorNames
+) -> None:
+    """A checkpoint that stores a tied weight twice would have it packed and dense."""
+    packed = {layer.module: layer for layer in layers}
+    for module, owner in tied.items():
+        layer = packed.get(owner)
+        copy = names.sources.get(f"{module}.weight")
+        if layer is not None and copy is not None and copy != layer.tensor:
+            raise ValueError(
+                f"{copy}: the config ties it to {layer.tensor}, and the checkpoint stores both. "
+                "Save the model once more with save_pretrained, which stores one of them."
             )
 
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from loftq.formats import FormatSpec
 from loftq.nn.packed import PackedLayer
-from loftq.ops import dequantize, dynamic_map
-from loftq.ops.reference import NESTED_RUN, PER_TENSOR, view_bytes
+from loftq.ops import dequantize
+from loftq.ops.panels import row_scales
+from loftq.ops.reference import PER_TENSOR
 
 
 class QuantEmbedding(PackedLayer, nn.Embedding):
@@ -63,31 +64,15 @@ class QuantEmbedding(PackedLayer, nn.Embedding):
         bits, group_size, coding, levels, default_zero = self.layout
         scale, zero = self.weight_scale, self.weight_zero
         if group_size != PER_TENSOR:
+            scale, zero = scale[ids], None if zero is None else zero[ids]
+        if self.weight_nested is not None:
             # A row's nested scales lie in the middle of a run of 256, so they are decoded here.
-            scale, zero = self._scales(ids), None if zero is None else zero[ids]
-            coding = "f32"
+            scale, coding = row_scales(scale, self.weight_nested, ids), "f32"
         rows = dequantize(
             self.weight_packed[ids], scale, zero, None, self.embedding_dim,
             bits, group_size, coding, levels, default_zero, self.compute_dtype,
         )  # fmt: skip
         return rows.view(*input.shape, self.embedding_dim)
-
-    def _scales(self, ids: Tensor) -> Tensor:
-        """Stored scales of some rows as float32 bytes (rows, 4 * groups)."""
-        coding = self.spec.scale_coding
-        stored = self.weight_scale[ids].to(torch.uint8)
-        if coding == "f32":
-            return stored
-        if coding == "dq":
-            assert self.weight_nested is not None
-            constants = view_bytes(self.weight_nested.to(torch.uint8), torch.float32)
-            groups = stored.shape[1]
-            flat = ids[:, None] * groups + torch.arange(groups, device=ids.device)
-            values = dynamic_map(stored.device)[stored.long()]
-            scales = values * constants[1:][flat // NESTED_RUN] + constants[0]
-        else:
-            scales = view_bytes(stored, torch.float16 if coding == "f16" else torch.bfloat16)
-        return scales.float().view(torch.uint8)
 
     def extra_repr(self) -> str:
         """Geometry and format."""

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from loftq.checkpoint import DTYPE_NAMES, TensorEntry, backbone_hash
 from loftq.integrations import artifact, discover
+from loftq.integrations.builders import BUILDERS
 from loftq.integrations.config import LoftqConfig
-from loftq.integrations.transformers import BUILDERS, attach
+from loftq.integrations.tied import share_packed_
+from loftq.integrations.transformers import attach
 from loftq.nn import pack_layer
 from loftq.pipeline.config import QuantizeConfig
-from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import ADAPTER_PREFIX, Plan, make_plan
 from loftq.pipeline.run import OnBatch, adapter_pair
 from loftq.pipeline.stream import solved_batches
@@ -63,6 +64,7 @@ def quantize_model(
         targets=list(config.targets) or None,
         skip=list(config.skip),
         embeddings=config.embeddings,
+        tables=config.tables,
     )
     source = LoadedSource(model)
     where = device or str(next(model.parameters()).device)
@@ -75,21 +77,22 @@ def quantize_model(
             home = source.read(layer.info.tensor).device
             packed = pack_layer(model, layer.info.module, solution.quantized[i], builders=BUILDERS)
             packed.to(home)
-            pair = adapter_pair(layer.info, solution.lora_A[i], solution.lora_B[i])
+            pair = adapter_pair(layer, solution.lora_A[i], solution.lora_B[i])
             factors |= {name: tensor.to(home) for name, tensor in pair.items()}
             for part, tensor in solution.quantized[i].to_state_dict().items():
                 digest = hashlib.sha256(tensor.cpu().contiguous().numpy().data).hexdigest()
                 hashes[f"{layer.stem}.{part}"] = digest
         if on_batch:
             on_batch(batch, [record.to_dict() for record in solution.records], False)
-    attach(model, _config(plan, layout, backbone_hash(hashes)))
+    share_packed_(model)
+    attach(model, _config(plan, backbone_hash(hashes)))
     return _with_adapter(model, plan, factors)
 
 
-def _config(plan: Plan, layout: ModelLayout, backbone: str) -> LoftqConfig:
+def _config(plan: Plan, backbone: str) -> LoftqConfig:
     return LoftqConfig(
         layers=artifact.layer_entries(plan),
-        modules_to_not_convert=sorted(kept.module for kept in layout.kept),
+        modules_to_not_convert=artifact.dense_modules(plan),
         backbone=backbone,
         adapter_required=plan.config.resolved_method().adapter_required,
     )

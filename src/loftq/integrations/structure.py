@@ -61,7 +61,7 @@ def examine(model: nn.Module) -> Anatomy:
         blocks=blocks,
         depth=depth,
         heads=frozenset(_heads(model)),
-        tied=_tied(model),
+        tied=tied_modules(model),
         experts=frozenset(_experts(model, blocks, counts)),
         expert_counts=counts,
     )
@@ -227,7 +227,7 @@ def _heads(model: nn.Module) -> Iterator[str]:
     yield from (path for path, module in model.named_modules() if id(module) in heads)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied_modules(model: nn.Module) -> dict[str, str]:
     """Modules whose weight is another's: the same parameter now, or to be tied by transformers."""
     tied: dict[str, str] = {}
     first: dict[int, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -34,16 +35,31 @@ class Weight:
 
 
 def survey(
-    model: nn.Module, anatomy: Anatomy, names: TensorNames, *, embeddings: bool
+    model: nn.Module,
+    anatomy: Anatomy,
+    names: TensorNames,
+    *,
+    embeddings: bool,
+    tables: Collection[str] = (),
 ) -> list[Weight]:
-    """Every linear-like weight of the model with the structural reason to keep it, if any."""
+    """Every linear-like weight of the model with the structural reason to keep it, if any.
+
+    Args:
+        model: may be on the meta device.
+        anatomy: of the model.
+        names: where its parameters are in the checkpoint.
+        embeddings: quantize embeddings and give them adapters.
+        tables: what is packed without an adapter: "embedding", "head"; a tied head counts as both.
+    """
     weights = []
     widths = _widths(model)
+    tied_heads = {anatomy.tied[head] for head in anatomy.heads if head in anatomy.tied}
     for path, module in model.named_modules():
         if is_linear(module):
             reason = _linear_reason(model, anatomy, path, module)
         elif isinstance(module, nn.Embedding):
-            reason = _embedding_reason(model, anatomy, path, module, embeddings, widths)
+            packed = "embedding" in tables or ("head" in tables and path in tied_heads)
+            reason = _embedding_reason(model, anatomy, path, module, embeddings or packed, widths)
         elif is_convolution(module):
             weights.append(
                 Weight(path=path, parameters=weight_of(module).numel(), reason="convolution")
@@ -52,9 +68,12 @@ def survey(
         else:
             weights += _raw(anatomy, path, module)
             continue
+        adapted = embeddings or not isinstance(module, nn.Embedding)
+        if reason == "output head" and "head" in tables and path in anatomy.heads:
+            adapted, reason = False, None if quantizable(module) else "unsupported layer"
         if reason is None and f"{path}.weight" in names.converted:
             reason = "unsupported layer"
-        layer = _layer(anatomy, names, path, module)
+        layer = _layer(anatomy, names, path, module, adapted)
         weights.append(
             Weight(path=path, parameters=weight_of(module).numel(), reason=reason, layer=layer)
         )
@@ -136,7 +155,9 @@ def _raw(anatomy: Anatomy, path: str, module: nn.Module) -> list[Weight]:
     return weights
 
 
-def _layer(anatomy: Anatomy, names: TensorNames, path: str, module: nn.Module) -> LayerInfo | None:
+def _layer(
+    anatomy: Anatomy, names: TensorNames, path: str, module: nn.Module, adapted: bool
+) -> LayerInfo | None:
     kind = quantizable(module)
     if kind is None:
         return None
@@ -149,6 +170,7 @@ def _layer(anatomy: Anatomy, names: TensorNames, path: str, module: nn.Module) -
         shape=(columns, rows) if kind == "conv1d" else (rows, columns),
         kind=kind,
         depth=None if block is None else anatomy.blocks[block],
+        adapted=adapted,
     )
 
 

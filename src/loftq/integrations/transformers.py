@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -20,21 +19,15 @@ from transformers.quantizers import (
 )
 
 from loftq.integrations.config import METHOD, LoftqConfig
-from loftq.integrations.conv1d import QuantConv1D
-from loftq.integrations.embedding import QuantEmbedding
+from loftq.integrations.builders import BUILDERS
 from loftq.integrations.guard import guard_adapter
 from loftq.integrations.loading import check_files, check_loaded, spans_devices, world_size
-from loftq.nn import Builders, QuantLinear, dequantize_model_, packed_layers, replace_layer
+from loftq.integrations.tied import share_packed_
+from loftq.nn import dequantize_model_, packed_layers, replace_layer
 
 if TYPE_CHECKING:
     # At run time this module may be imported from inside transformers.modeling_utils (see _hook).
     from transformers import PretrainedConfig, PreTrainedModel
-
-BUILDERS: Builders = {
-    nn.Linear: QuantLinear,
-    Conv1D: QuantConv1D,
-    nn.Embedding: QuantEmbedding,
-}
 
 
 class LoftqHfQuantizer(HfQuantizer):
@@ -94,13 +87,13 @@ class LoftqHfQuantizer(HfQuantizer):
         if files and all(file.endswith(".safetensors") for file in files):
             check_files(files, len(config.layers))
         paths = _paths_in(model, config)
-        _refuse_tied(model, paths)
         with torch.device("meta"):
             for path, listed in paths.items():
                 layer = replace_layer(
                     model, path, config.spec(listed), shape=config.shape(listed), builders=BUILDERS
                 )
                 layer.compute_dtype = _planned_dtype(model, path, layer.compute_dtype)
+            share_packed_(model)
         # From here on the config speaks of this model: the paths that it has.
         config.layers = {path: config.layers[listed] for path, listed in paths.items()}
         ignored = model._keys_to_ignore_on_load_unexpected
@@ -218,17 +211,6 @@ def _refuse_tensor_parallel(config: PretrainedConfig) -> None:
             f"tp_size={size}: packed layers cannot be split by tensor parallelism. Load without "
             "tp_plan; train with DDP or FSDP2 (torchrun, accelerate), serve an export instead."
         )
-
-
-def _refuse_tied(model: PreTrainedModel, paths: dict[str, str]) -> None:
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        for name in (target, source):
-            if name.removesuffix(".weight") in paths:
-                raise ValueError(
-                    f"{name} is packed and tied ({target} = {source}), and a dense layer cannot "
-                    "share packed bytes. Quantize again without embeddings, or load a class "
-                    "without that head."
-                )
 
 
 register()

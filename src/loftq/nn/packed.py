@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loftq.formats import COMPONENTS, FormatSpec, QuantizedTensor, component_shapes
 from loftq.nn.weight import PackedWeight
 from loftq.ops import dequantize
+from loftq.ops.panels import Packed, panels
 
 
 class PackedLayer(nn.Module):
@@ -115,6 +116,21 @@ class PackedLayer(nn.Module):
             self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
             self.packed_shape[1], *self.layout, dtype or self.compute_dtype,
         )  # fmt: skip
+
+    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows start .. stop - 1 of the packed weight, dense; scratch memory is that of a panel."""
+        dtype = dtype or self.compute_dtype
+        packed = Packed(
+            self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
+            self.packed_shape[1], *self.layout,
+        )  # fmt: skip
+        dense = torch.empty(
+            (stop - start, packed.in_features), dtype=dtype, device=packed.codes.device
+        )
+        for first, panel in panels(packed, start, stop):
+            part = dense[first - start : first - start + panel.codes.shape[0]]
+            part.copy_(dequantize(*panel.arguments, dtype))
+        return dense
 
     def dequantize_(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Become a plain dense layer, in place. Returns self."""

@@ -87,8 +87,24 @@ class PackedWeight(Tensor):
         if func in _DESCRIPTIVE or (getter and func not in _COMPUTED):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is Tensor.__getitem__ and (rows := args[0]._rows(args[1])) is not None:
+            return rows
         args, kwargs = pytree.tree_map_only(PackedWeight, lambda w: w.data, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _rows(self, index: Any) -> Tensor | None:
+        """`weight[start:stop]` without the rest of the weight: losses take a head in such panels.
+
+        None where the index is another one, or the layer is oriented otherwise or dense by now.
+        """
+        layer = self.layer
+        plain = isinstance(index, slice) and index.step in (None, 1) and _packed(layer)
+        if not plain or layer.weight_shape != layer.packed_shape:
+            return None
+        start, stop, _ = index.indices(layer.packed_shape[0])
+        if stop <= start:
+            return None
+        return mark(layer.dequantize_rows(start, stop), layer, protected=True)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

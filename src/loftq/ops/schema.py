@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loftq.ops.dispatch import dequantize_kernel
+from loftq.ops.panels import Packed, add_product_, panel_rows, panels
 from loftq.ops.reference import dequantize_reference
 
 
@@ -85,13 +86,20 @@ def quant_linear(
     """x @ W^T for a packed W: (..., in_features) -> (..., out_features) in x's dtype.
 
     The weight is dequantized to x's dtype; the gradient flows to x only, and backward dequantizes
-    again instead of keeping the weight.
+    again instead of keeping the weight. A large weight is taken by panels of rows (ops/panels.py).
     """
-    weight = dequantize(
+    weight = Packed(
         packed, scale, zero, nested, x.shape[-1], bits, group_size, scale_coding, levels,
-        default_zero, x.dtype,
+        default_zero,
     )  # fmt: skip
-    return torch.nn.functional.linear(x, weight)
+    if panel_rows(*_shape(weight), packed.device) == packed.shape[0]:
+        return torch.nn.functional.linear(x, dequantize(*weight.arguments, x.dtype))
+    y = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    rows, inputs = y.view(-1, packed.shape[0]), x.reshape(-1, x.shape[-1])
+    for first, panel in panels(weight):
+        dense = dequantize(*panel.arguments, x.dtype)
+        torch.mm(inputs, dense.T, out=rows[:, first : first + len(dense)])
+    return y
 
 
 @quant_linear.register_fake
@@ -125,11 +133,18 @@ def quant_linear_backward(
     default_zero: float,
 ) -> Tensor:
     """dL/dx = dL/dy @ W: (..., out_features) -> (..., in_features) in grad's dtype."""
-    weight = dequantize(
+    weight = Packed(
         packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
-        default_zero, grad.dtype,
+        default_zero,
     )  # fmt: skip
-    return grad @ weight
+    if panel_rows(*_shape(weight), packed.device) == packed.shape[0]:
+        return grad @ dequantize(*weight.arguments, grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    total = rows.new_zeros((len(rows), in_features), dtype=torch.float32)
+    for first, panel in panels(weight):
+        dense = dequantize(*panel.arguments, grad.dtype)
+        add_product_(total, rows[:, first : first + len(dense)], dense)
+    return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
 @quant_linear_backward.register_fake
@@ -147,6 +162,10 @@ def _(
     default_zero: float,
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _shape(weight: Packed) -> tuple[int, int]:
+    return weight.codes.shape[0], weight.in_features
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

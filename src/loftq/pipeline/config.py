@@ -12,6 +12,9 @@ from loftq.methods import Method, find_method
 
 CONFIG_VERSION = 1
 
+TABLE_FORMAT = "sint8-g64-f16"
+"""Format behind embedding=8 and head=8: symmetric, so that 0 stays 0, and each row by itself."""
+
 BITS_FORMATS = {4: "nf4-g64-dq", 3: "nf3-g64-dq", 2: "nf2-g64-dq"}
 """Format behind --bits. A fraction b between 2 and 4 mixes the 4- and 2-bit ones by depth."""
 
@@ -55,6 +58,11 @@ class QuantizeConfig:
     """Patterns or names of modules to leave at 16 bits."""
     embeddings: bool = False
     """Quantize the embeddings too and give them adapters, as the paper does for DeBERTa."""
+    embedding: int = 16
+    """8 stores the token embedding in 8 bits, without an adapter; 16 leaves it as it is."""
+    head: int = 16
+    """8 stores the output head in 8 bits, without an adapter; a head tied to the embedding is
+    stored once, so that either key packs both."""
     seed: int = 0
     """Of everything random; each weight derives its own from it and its name."""
     allow_uncovered: bool = False
@@ -81,6 +89,17 @@ class QuantizeConfig:
             return (
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
                 "name a format and see in the plan which engines can hold it."
+            )
+        for key in ("embedding", "head"):
+            if getattr(self, key) not in (8, 16):
+                return (
+                    f"{key}={getattr(self, key)}: choose 8 (packed, without an adapter) or 16 "
+                    "(as it is)."
+                )
+        if self.embeddings and self.embedding == 8:
+            return (
+                "embedding=8 and embeddings=true exclude each other: the first stores the table in "
+                "8 bits without an adapter, the second in the backbone's format with one."
             )
         if self.format is None and not 2 <= self.bits <= 4:
             return (
@@ -121,6 +140,15 @@ class QuantizeConfig:
     def wide_format(self) -> FormatSpec:
         """Format of the first blocks when `bits` is a fraction."""
         return self._with_coding(BITS_FORMATS[4])
+
+    @property
+    def tables(self) -> frozenset[str]:
+        """What is packed without an adapter: embedding, head."""
+        return frozenset(key for key in ("embedding", "head") if getattr(self, key) == 8)
+
+    def table_format(self) -> FormatSpec:
+        """Format of an embedding or head that is packed without an adapter."""
+        return parse_format(TABLE_FORMAT)
 
     def _with_coding(self, name: str) -> FormatSpec:
         spec, coding = parse_format(name), find_method(self.method).scale_coding

@@ -22,6 +22,8 @@ class LayerInfo:
     """linear, conv1d (stored (in, out)) or embedding ((num_embeddings, embedding_dim))."""
     depth: int | None = None
     """Index of the repeated block it lives in; None outside of blocks."""
+    adapted: bool = True
+    """Whether it gets LoRA factors. An embedding or head that is only stored in 8 bits does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,5 +61,7 @@ class ModelLayout:
         return covered / (covered + missed) if covered else 0.0
 
 
+SHARES = "shares the packed embedding"
+"""Reason of a tied head that is packed with its embedding: nothing of it is stored twice."""
 UNCOVERED = frozenset({"expert tensors", "vision tower", "convolution", "unsupported layer"})
 """Reasons that mean a missing ability, not a choice: they count against `coverage`."""

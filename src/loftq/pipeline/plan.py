@@ -19,7 +19,9 @@ from torch import Tensor
 from loftq.allocation import assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
-from loftq.pipeline.config import QuantizeConfig
+from loftq.ops.reference import PER_TENSOR
+from loftq.pipeline.accounting import adapter_parameters
+from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -36,6 +38,8 @@ MAX_UNCOVERED = 0.2
 SHOWN = 20  # problems that a message lists
 CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 27
 """Most weights in a batch: bounds working memory, and fills a large GPU."""
+ROUNDED_AT_ONCE = 1 << 22
+"""Weights of a layer without an adapter that are rounded at a time: whole rows of it."""
 SOLVED_AT_ONCE = 3  # batches, on a GPU: one reads, one waits for the host, one computes
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
 NANOSECONDS = {"cpu": 115.0, "cuda": 0.37}
@@ -68,6 +72,8 @@ class PlannedLayer:
     spec: FormatSpec
     scale_fit: str
     seed: int
+    rank: int
+    """Of its adapter; 0 = none, the weight is only rounded."""
 
     @property
     def weights(self) -> int:
@@ -91,6 +97,15 @@ class Batch:
 
     name: str
     layers: tuple[PlannedLayer, ...]
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory while it is solved; layers without an adapter go by panels of rows."""
+        weights = sum(layer.weights for layer in self.layers)
+        if self.layers[0].rank:
+            return WORKING_BYTES * weights
+        packed = sum(spec.nbytes for layer in self.layers for spec in layer.packed())
+        return packed + WORKING_BYTES * min(weights, ROUNDED_AT_ONCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +180,20 @@ class Plan:
         """Rough time of the solve on this device; reading and writing come on top."""
         steps = max(1, self.config.resolved_method().iterations)
         kind = self.device.split(":")[0]
-        return self.weights * steps * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
+        rounds = sum(layer.weights * (steps if layer.rank else 1) for layer in self.layers)
+        return rounds * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
 
     @property
     def working_bytes(self) -> int:
         """Memory of the largest batches while they are solved, on the device that solves them."""
-        sizes = sorted(sum(layer.weights for layer in batch.layers) for batch in self.batches)
+        sizes = sorted(batch.working_bytes for batch in self.batches)
         at_once = SOLVED_AT_ONCE if self.device.startswith("cuda") else 1
-        return WORKING_BYTES * sum(sizes[-at_once:])
+        return sum(sizes[-at_once:])
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of all LoRA factors."""
+        return sum(adapter_parameters(layer.info, layer.rank) for layer in self.layers)
 
 
 def make_plan(
@@ -188,8 +209,8 @@ def make_plan(
     Raises:
         PlanError: anything that would fail later, all of it at once.
     """
-    specs = _formats(config, layout)
-    problems = _problems(config, layout, source)
+    specs = planned_formats(config, layout)
+    problems = _problems(config, layout, source, specs)
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise PlanError("\n".join([*problems[:SHOWN], *more]))
@@ -199,6 +220,7 @@ def make_plan(
             spec=specs[info.module],
             scale_fit=_fit(config, specs[info.module]),
             seed=_seed(config.seed, info.module),
+            rank=config.rank if info.adapted else 0,
         )
         for info in layout.layers
     )
@@ -228,8 +250,11 @@ def make_plan(
 
 def _adapter_tensors(plan: Plan) -> list[TensorSpec]:
     """Tensors of the adapter file, under PEFT's names."""
-    rank, tensors = plan.config.rank, []
+    tensors = []
     for layer in plan.layers:
+        rank = layer.rank
+        if not rank:
+            continue
         name_a, name_b = adapter_names(layer.info)
         out_features, in_features = layer.info.shape
         if layer.info.kind == "embedding":
@@ -251,16 +276,20 @@ def adapter_names(info: LayerInfo) -> tuple[str, str]:
     return prefix + "lora_A.weight", prefix + "lora_B.weight"
 
 
-def _formats(config: QuantizeConfig, layout: ModelLayout) -> dict[str, FormatSpec]:
+def planned_formats(config: QuantizeConfig, layout: ModelLayout) -> dict[str, FormatSpec]:
+    """Format of every layer: tables in 8 bits, the rest by depth and by the user's patterns."""
     default = config.default_format()
     overrides = {pattern: parse_format(name) for pattern, name in config.formats.items()}
+    tables = {info.module: config.table_format() for info in layout.layers if not info.adapted}
     first = None
     if config.format is None and config.engine is None and config.bits not in (2, 3, 4):
         first = (first_k_blocks(config.bits, layout.blocks), config.wide_format())
-    return assign_formats(layout.layers, default, first=first, overrides=overrides)
+    return assign_formats(layout.layers, default, first=first, overrides={**tables, **overrides})
 
 
-def _problems(config: QuantizeConfig, layout: ModelLayout, source: Source) -> list[str]:
+def _problems(
+    config: QuantizeConfig, layout: ModelLayout, source: Source, specs: Mapping[str, FormatSpec]
+) -> list[str]:
     problems = []
     if not layout.layers:
         problems.append(
@@ -269,10 +298,16 @@ def _problems(config: QuantizeConfig, layout: ModelLayout, source: Source) -> li
         )
     for info in layout.layers:
         entry = source.tensors[info.tensor]
-        if config.rank > min(info.shape):
+        if info.adapted and config.rank > min(info.shape):
             problems.append(
                 f"{info.module}: rank={config.rank} exceeds min{info.shape} = {min(info.shape)}. "
                 f'Lower the rank or leave the layer out with skip=["{info.module}"].'
+            )
+        spec = specs[info.module]
+        if not info.adapted and (spec.scale_coding == "dq" or spec.group_size == PER_TENSOR):
+            problems.append(
+                f"{info.module}: {spec} stores scales over several rows, and a table without an "
+                f"adapter is rounded row by row. Choose f16, bf16 or f32 scales, as {TABLE_FORMAT}."
             )
         if entry.dtype not in FLOATS:
             problems.append(
@@ -307,7 +342,8 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int) -> tuple[Batch, ...]:
     """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
     groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
     for layer in layers:
-        key = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
+        key: tuple[object, ...] = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
+        key += () if layer.rank else (layer.info.module,)  # a large table is a batch of its own
         runs = groups.setdefault(key, [[]])
         if runs[-1] and (len(runs[-1]) + 1) * layer.weights > limit:
             runs.append([])

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
 from loftq.methods import LayerSolution
-from loftq.pipeline.layout import LayerInfo
-from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, adapter_names
+from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, PlannedLayer, adapter_names
 from loftq.pipeline.stream import solved_batches, union_seconds
 
 JOURNAL = ".loftq-journal.jsonl"
@@ -98,10 +97,12 @@ def run(
     return result
 
 
-def adapter_pair(info: LayerInfo, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """A (rank, in) and B (out, rank) under PEFT's names and in its orientation."""
-    name_a, name_b = adapter_names(info)
-    if info.kind == "embedding":
+def adapter_pair(layer: PlannedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A (rank, in) and B (out, rank) under PEFT's names and in its orientation; {} without rank."""
+    if not layer.rank:
+        return {}
+    name_a, name_b = adapter_names(layer.info)
+    if layer.info.kind == "embedding":
         return {name_a: B.mT.contiguous(), name_b: A.mT.contiguous()}
     return {name_a: A, name_b: B}
 
@@ -114,7 +115,7 @@ def _write(
     for i, layer in enumerate(batch.layers):
         parts = solution.quantized[i].to_state_dict()
         tensors |= {f"{layer.stem}.{part}": tensor for part, tensor in parts.items()}
-        tensors |= adapter_pair(layer.info, solution.lora_A[i], solution.lora_B[i])
+        tensors |= adapter_pair(layer, solution.lora_A[i], solution.lora_B[i])
 
     def write(name: str) -> None:
         writer.write(name, tensors[name].cpu().contiguous())

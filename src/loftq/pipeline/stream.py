@@ -23,8 +23,7 @@ from torch import Tensor
 from loftq.methods import LayerProblem, LayerSolution
 from loftq.pipeline.layout import LayerInfo
 from loftq.pipeline.plan import SOLVED_AT_ONCE, Batch, Plan, Source
-
-LARGEST = 1e15  # magnitude of a weight: the squares of a whole matrix still add up in float32
+from loftq.pipeline.rounded import LARGEST, not_usable, round_layer
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
         names=tuple(layer.info.module for layer in batch.layers),
         weights=weights,
         spec=first.spec,
-        rank=plan.config.rank,
+        rank=first.rank,
         scaling=plan.config.scaling,
         scale_fit=first.scale_fit,
         seeds=tuple(layer.seed for layer in batch.layers),
@@ -106,6 +105,10 @@ def _settle(device: torch.device) -> None:
 
 
 def _solved(plan: Plan, batch: Batch, source: Source, device: torch.device) -> Solved:
+    if not batch.layers[0].rank:
+        begin = time.perf_counter()
+        rounded = round_layer(plan, batch.layers[0], source, device)
+        return Solved(batch, rounded, begin, time.perf_counter())
     weights = _load(batch, source, device)
     begin = time.perf_counter()
     solution = solve_batch(plan, batch, weights)
@@ -123,9 +126,5 @@ def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:
         return stack
     for place, layer in zip(stack, batch.layers, strict=True):
         if bad := int((~(place.abs() <= LARGEST)).sum()):
-            raise ValueError(
-                f"{layer.info.tensor}: {bad} of {place.numel()} values are NaN or infinite, or "
-                f"beyond {LARGEST:.0e}. Repair the source, or keep the layer at 16 bits with "
-                f'skip=["{layer.info.module}"].'
-            )
+            raise not_usable(layer, bad)
     raise AssertionError("a batch holds a value that none of its weights holds")

@@ -64,6 +64,8 @@ class RecordedLayer:
         """Stored name -> shape of A and B."""
         name_a, name_b = adapter_names(self.info)
         (out_features, in_features), rank = self.info.shape, self.record["rank"]
+        if not rank:
+            return {}
         if self.info.kind == "embedding":
             return {name_a: (rank, out_features), name_b: (in_features, rank)}
         return {name_a: (rank, in_features), name_b: (out_features, rank)}

@@ -166,8 +166,7 @@ def _host_bytes(plan: Plan) -> int:
     """On a CPU the batch is solved here; on a GPU only its packed results pass through."""
     if plan.device.split(":")[0] == "cpu":
         return plan.working_bytes
-    rank = plan.config.rank
     return STAGED * max(
-        sum(packed_bytes(x.info, x.spec) + 4 * rank * sum(x.info.shape) for x in batch.layers)
+        sum(packed_bytes(x.info, x.spec) + 4 * x.rank * sum(x.info.shape) for x in batch.layers)
         for batch in plan.batches
     )

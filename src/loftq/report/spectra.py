@@ -48,7 +48,8 @@ def typical_layers(files: OutputFiles) -> tuple[str, ...]:
     Layers beyond MOST_WORK are passed over on a CPU, where three of them would take minutes; the
     smallest layer is taken if all of them are.
     """
-    layers = sorted(files.layers, key=lambda layer: -layer.record["error"])
+    corrected = (layer for layer in files.layers if layer.record["rank"])
+    layers = sorted(corrected, key=lambda layer: -layer.record["error"])
     ranked = [x for x in layers if _device(files) != "cpu" or _work(x) <= MOST_WORK]
     if not ranked:
         return (min(layers, key=_work).info.module,)

@@ -204,6 +204,9 @@ def _packed(layer: RecordedLayer, files: OutputFiles) -> dict[str, Tensor]:
 
 def _factors(layer: RecordedLayer, files: OutputFiles) -> tuple[Tensor, Tensor]:
     """A (rank, in_features) and B (out_features, rank), whatever PEFT's orientation."""
+    if not layer.record["rank"]:
+        out_features, in_features = layer.info.shape
+        return torch.zeros(0, in_features), torch.zeros(out_features, 0)
     name_a, name_b = adapter_names(layer.info)
     A, B = files.adapter.read(name_a), files.adapter.read(name_b)
     return (B.mT.contiguous(), A.mT.contiguous()) if layer.info.kind == "embedding" else (A, B)

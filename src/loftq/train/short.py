@@ -12,9 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-
-class Diverged(ValueError):
-    """A loss that is not a number, or infinite."""
+from loftq.train.errors import Diverged
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:

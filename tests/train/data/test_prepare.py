@@ -183,7 +183,7 @@ def test_bad_rows_are_listed_together_with_their_lines(tmp_path: Path) -> None:
     lines[5:5] = ['{"text": "x"}', *['{"messages": [{"role": "user"}]}'] * 6]
     path.write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
-        prepare(str(path), tiny(), DataSettings(max_length=200, format="messages"))
+        prepare(str(path), tiny(), DataSettings(max_length=200, data_format="messages"))
     text = str(caught.value)
     assert text.startswith("8 rows cannot be used:")
     assert "line 3: not JSON" in text
@@ -253,7 +253,10 @@ def test_a_length_over_the_models_context_is_refused(chats: str) -> None:
         ({"holdout": 0}, "holdout=0: must lie between 0 and 1"),
         ({"holdout": 1.0}, "holdout=1: must lie between"),
         ({"limit": 0}, "limit=0: must be at least 1"),
-        ({"format": "csv"}, "format='csv' does not exist; choose one of preference, messages"),
+        (
+            {"data_format": "csv"},
+            "data_format='csv' does not exist; choose one of preference, messages",
+        ),
         ({"truncation": "fold"}, "truncation='fold' does not exist; choose one of drop, cut"),
         ({"on_bad_rows": "hide"}, "on_bad_rows='hide' does not exist"),
     ],

@@ -118,7 +118,7 @@ def detect(rows: Sequence[tuple[Place, Values]]) -> Format:
         each = "; ".join(f"{name} ({n} rows, {places[name]})" for name, n in seen.most_common())
         raise DataError(
             f"the first {len(rows)} rows are of different formats: {each}. Split the data by "
-            "format, or take one with format=NAME and on_bad_rows=skip."
+            "format, or take one with data_format=NAME and on_bad_rows=skip."
         )
     return FORMATS[next(iter(seen))]
 

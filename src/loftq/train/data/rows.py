@@ -64,8 +64,8 @@ def start_reading(name: str, rows: Rows, settings: DataSettings) -> Reading:
     first = list(islice(limited, LOOKED_AT))
     if not first:
         raise DataError(f"{name}: holds no rows. Check that it is the data you mean.")
-    if settings.format is not None:
-        found = FORMATS[settings.format]
+    if settings.data_format is not None:
+        found = FORMATS[settings.data_format]
     else:
         found = _detected(name, first)
     return Reading(name, found, chain(first, limited))

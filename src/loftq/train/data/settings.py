@@ -27,7 +27,7 @@ class DataSettings:
     """Share of the samples held out for validation where no validation data is given."""
     completion_only: bool | None = None
     """Train on answers only; None = yes for chats and prompt/completion, no for plain text."""
-    format: str | None = None
+    data_format: str | None = None
     """messages, sharegpt, alpaca, prompt-completion, text or preference; None = detected."""
     chat_template: str | None = None
     """Name of a built-in template or a .jinja file; replaces the tokenizer's own."""
@@ -60,7 +60,7 @@ class DataSettings:
 
     def _check_names(self) -> str:
         for key, value, known in (
-            ("format", self.format, tuple(FORMATS)),
+            ("data_format", self.data_format, tuple(FORMATS)),
             ("truncation", self.truncation, TRUNCATIONS),
             ("on_bad_rows", self.on_bad_rows, ON_BAD_ROWS),
         ):

@@ -1,0 +1,72 @@
+"""A training step as `loftq train` does it, and what it takes at the peak."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.train.memory.predict import DTYPES, TrainingSettings
+from loftq.train.prepare import prepare_for_training
+
+LEARNING_RATE = 1e-3
+
+
+@dataclass
+class Trained:
+    """What a few steps gave."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether TRL's loss is in place; without it the loss holds all logits."""
+    return "_fused_forward" in model.get_base_model().forward.__qualname__  # type: ignore[operator]
+
+
+def train_steps(model: Any, settings: TrainingSettings, steps: int, *, device: str) -> Trained:
+    """Optimizer steps on one batch of random tokens, every token trained.
+
+    Args:
+        model: a PEFT model.
+        settings: batch size, length, dtype, checkpointing, loss.
+        steps: how many.
+        device: of the model.
+    """
+    prepare_for_training(model, checkpointing=settings.checkpointing)
+    fused = settings.loss == "chunked"
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapter, lr=LEARNING_RATE, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_base_model().config.vocab_size
+    shape = (settings.batch_size, settings.length)
+    ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
+    found = Trained()
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = _loss(model, ids, settings, fused, device)
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapter, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.losses.append(loss.item())  # waits for the device
+        found.seconds.append(time.perf_counter() - start)
+        del loss
+    return found
+
+
+def _loss(
+    model: nn.Module, ids: Tensor, settings: TrainingSettings, fused: bool, device: str
+) -> Tensor:
+    dtype = DTYPES[settings.dtype]
+    kind = torch.device(device).type
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        if fused:
+            out = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False)
+            return -out.log_probs.sum() / (ids.numel() - len(ids))
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss

@@ -1,0 +1,100 @@
+"""Settings that fit a card: `memory=8GB`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq.train.arguments import resolve_dtype
+from loftq.train.forecast import SIDES
+from loftq.train.inputs import Inputs, longest_row
+from loftq.train.options import Chosen
+from loftq.train.place import Place
+
+if TYPE_CHECKING:
+    from loftq.train.memory.fit import Fit
+    from loftq.train.memory.subject import Subject
+
+TABLES = ("embedding", "head")
+
+
+def fit_to(
+    memory: str, folder: Path, chosen: Chosen, inputs: Inputs, place: Place, given: set[str]
+) -> tuple[Chosen, Fit]:
+    """Options with what was left open chosen so that the run fits `memory`.
+
+    What the user gave stays. Of a model that is packed already bits, rank and tables are what they
+    are; context, batch and checkpointing are chosen.
+
+    Args:
+        memory: size of the card, such as 8GB.
+        folder: of the packed or the full-precision model.
+        chosen: the options.
+        inputs: rows at their full length.
+        place: the device.
+        given: names of the options that the user gave.
+
+    Raises:
+        NothingFits: with the smallest need.
+        ValueError: not a size, or a model that cannot be predicted.
+    """
+    from loftq.train.memory.budget import parse_size
+    from loftq.train.memory.fit import fit
+    from loftq.train.memory.predict import TrainingSettings
+    from loftq.train.memory.source import configurable
+    from loftq.train.memory.subject import subject_of_output
+
+    packed, sides = (folder / "loftq.json").is_file(), SIDES[inputs.prepared.kind]
+    fixed: dict[str, Any] = {}
+    if packed:
+        subject = subject_of_output(folder)
+        rank = max(weight.rank for weight in subject.weights)
+        fixed |= {"bits": None, "rank": rank, "embedding": None, "head": None}
+        fixed |= {"embedding_on_host": False}
+
+        def configure(**_: Any) -> Subject:
+            return subject
+
+    else:
+        configure = configurable(folder, dict(chosen.quantize))
+        fixed |= {key: chosen.quantize[key] for key in ("bits", "rank", *TABLES) if key in given}
+        if given & {"format", "engine"}:
+            fixed["bits"] = None
+    if "max_length" in given:
+        fixed["length"] = chosen.data.max_length
+    if "batch_size" in given:
+        fixed["batch_size"] = chosen.config.batch_size * sides
+    elif sides > 1:  # one pair at a time: half of one is none
+        fixed["batch_size"] = sides
+    found = fit(
+        configure,
+        parse_size(memory),
+        longest=longest_row(inputs),
+        limit=inputs.prepared.counts.max_length,
+        fixed=fixed,
+        settings=TrainingSettings(
+            dtype=resolve_dtype(chosen.config.dtype, place.device),
+            optimizer=chosen.config.optimizer,
+            device=place.device.type,
+        ),
+    )
+    return _with(chosen, found, {} if packed else found.options, inputs), found
+
+
+def _with(chosen: Chosen, found: Fit, options: Mapping[str, Any], inputs: Inputs) -> Chosen:
+    step, sides = found.settings, SIDES[inputs.prepared.kind]
+    rows = max(1, step.batch_size // sides)
+    return replace(
+        chosen,
+        config=replace(
+            chosen.config,
+            batch_size=rows,
+            gradient_accumulation=max(1, step.accumulation * step.batch_size // (sides * rows)),
+            checkpointing=step.checkpointing,
+            host_embedding=step.embedding_on_host,
+        ),
+        data=replace(chosen.data, max_length=step.length),
+        quantize={**chosen.quantize, **options},
+    )

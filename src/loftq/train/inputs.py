@@ -1,0 +1,108 @@
+"""What goes into a run: tokenizer and rows; and that they are those it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loftq.integrations.run_folder import RunFolder
+from loftq.train.base import Base
+from loftq.train.data import DataSettings, Prepared, prepare
+from loftq.train.errors import TrainError
+from loftq.train.place import Place
+from loftq.train.samples import stop_tokens
+
+WATCHED_ROWS = 200  # rows in which the mark that ends an answer is looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Rows ready for a trainer, and what made them."""
+
+    tokenizer: Any
+    prepared: Prepared
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all rows, of training and validation, in their order."""
+        found = hashlib.sha256()
+        for rows in (self.prepared.train, self.prepared.validation):
+            for batch in rows.iter(1000):
+                found.update(repr(sorted(batch.items())).encode())
+        return found.hexdigest()
+
+    @cached_property
+    def stop(self) -> list[int]:
+        """Ids that end an answer."""
+        if self.prepared.kind != "sft":
+            return stop_tokens(self.tokenizer, [])
+        rows = self.prepared.train
+        first = rows.select(range(min(WATCHED_ROWS, len(rows))))
+        return stop_tokens(self.tokenizer, map(_trained_part, first))
+
+    def refuse_others(self, run: RunFolder, base: Base) -> None:
+        """Refuse to go on with a run that began with other rows or another backbone.
+
+        Raises:
+            TrainError: saying which.
+        """
+        then = json.loads(run.data.read_text(encoding="utf-8")).get("digest")
+        if then != self.digest:
+            raise TrainError(
+                f"{run.path}: holds an unfinished run on other data: the file has changed, or it "
+                "is tokenized differently. Restore the data, or start anew with --overwrite."
+            )
+        backbone = run.base().backbone
+        if backbone != base.backbone:
+            raise TrainError(
+                f"{run.path}: holds an unfinished run on backbone {backbone[:12]}, and this one is "
+                f"{base.backbone[:12]}. Give the same model, or start anew with --overwrite."
+            )
+
+
+def read_inputs(
+    folder: Path, data: str, validation: str | None, settings: DataSettings, place: Place
+) -> Inputs:
+    """Tokenizer and rows, for the model in `folder`.
+
+    Raises:
+        DataError: rows that cannot be used.
+        TrainError: no tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TrainError(
+            f"{folder}: no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
+            "Copy the model's tokenizer.json and tokenizer_config.json there."
+        ) from error
+    context = AutoConfig.from_pretrained(folder).get_text_config()
+    with place.main_first():  # it fills the caches
+        prepared = prepare(
+            data,
+            tokenizer,
+            settings,
+            validation=validation,
+            model_context=getattr(context, "max_position_embeddings", None),
+        )
+    return Inputs(tokenizer=tokenizer, prepared=prepared)
+
+
+def longest_row(inputs: Inputs) -> int:
+    """Tokens of the longest row; of preferences, which TRL encodes, the most that it lets pass."""
+    rows, most = inputs.prepared.train, inputs.prepared.counts.max_length
+    return max(map(len, rows["input_ids"])) if inputs.prepared.kind == "sft" else most
+
+
+def _trained_part(row: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    """The tokens of a row up to the last one that is learnt."""
+    mask = row["completion_mask"]
+    end = len(mask) - next((i for i, learnt in enumerate(reversed(mask)) if learnt), len(mask))
+    return row["input_ids"][:end]

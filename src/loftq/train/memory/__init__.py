@@ -1,0 +1,1 @@
+"""What training takes: bytes by part, what would save most, and what fits a budget."""

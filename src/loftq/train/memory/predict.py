@@ -1,0 +1,225 @@
+"""The peak of a training step, by part.
+
+A step has four moments that can be its peak: the loss, the backward of the last block (everything
+kept, the fewest gradients), that of the first block (the least kept, all gradients) and the
+optimizer's step. Weights, adapters and optimizer states are there in all of them. The figure is that
+of torch.cuda.max_memory_allocated on a GPU, without the CUDA context and the allocator's reserve
+(`budget.py`), and anonymous memory above the loaded libraries on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+
+from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
+from loftq.train.memory.probe import BlockCost, Step, block_cost
+from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
+               "adamw_torch_8bit": 2}  # fmt: skip
+"""Bytes of optimizer state per trained parameter: two moments."""
+PARTS = (
+    "backbone", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "logits",
+    "other",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What the peak depends on besides the model."""
+
+    batch_size: int = 1
+    """Rows in one forward and backward."""
+    length: int = 1024
+    """Tokens of a row."""
+    accumulation: int = 1
+    """Batches that an optimizer step adds up."""
+    dtype: str = "bf16"
+    """Of weights outside of the packed layers and of activations: bf16, fp16, fp32."""
+    checkpointing: bool = True
+    """Keep the inputs of each block only."""
+    optimizer: str = "adamw_torch_fused"
+    """A key of STATE_BYTES."""
+    loss: str = "chunked"
+    """chunked (TRL's) or full (all logits at once)."""
+    embedding_on_host: bool = False
+    """The embedding is in host memory (`loftq.load(..., embedding="host")`)."""
+    padded: bool | None = None
+    """Whether rows are padded, which takes a mask; None = if there are several."""
+    device: str = "cuda"
+    """cuda or cpu."""
+
+    def __post_init__(self) -> None:
+        known = {
+            "dtype": DTYPES,
+            "optimizer": STATE_BYTES,
+            "loss": KINDS,
+            "device": ("cuda", "cpu"),
+        }
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(choices)}.")
+        for name in ("batch_size", "length", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward and backward, padding included."""
+        return self.batch_size * self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Bytes at the peak of a training step, by part."""
+
+    backbone: int
+    """Packed layers of the blocks, norms, biases."""
+    embedding: int
+    head: int
+    """0 where it is the embedding's table."""
+    adapters: int
+    gradients: int
+    """Of the adapters, as far as they exist at the peak."""
+    optimizer: int
+    activations: int
+    """What blocks keep, and what one block takes while it is differentiated."""
+    logits: int
+    """The loss; 0 if the peak is elsewhere."""
+    other: int
+    """Kept outside of the blocks: last norm, rotary tables, mask, ids."""
+    moment: str
+    """When the peak is: "loss", "last block", "first block", "optimizer"."""
+    host: int = 0
+    """Bytes in host memory besides: an embedding that is kept there."""
+
+    @property
+    def total(self) -> int:
+        """All parts on the device."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part, in the order of PARTS."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {**asdict(self), "total": self.total}
+
+
+def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
+    """The peak of training `subject` as `settings` say; reads no weight and computes nothing.
+
+    Raises:
+        UnknownModel: the model cannot be walked through.
+    """
+    fixed, host = _fixed(subject, settings)
+    cost = cost_of(subject, settings)
+    moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
+    moment, variable = max(moments.items(), key=lambda item: sum(item[1].values()))
+    return PeakMemory(**fixed, **variable, moment=moment, host=host)
+
+
+def fixed_bytes(subject: Subject, settings: TrainingSettings) -> int:
+    """Bytes that are on the device at every moment of a step: weights and optimizer."""
+    return sum(_fixed(subject, settings)[0].values())
+
+
+def cost_of(subject: Subject, settings: TrainingSettings) -> BlockCost:
+    """The cost of one block under `settings`; remembered, since it does not depend on the bits."""
+    padded = settings.batch_size > 1 if settings.padded is None else settings.padded
+    step = Step(
+        batch_size=settings.batch_size,
+        length=settings.length,
+        dtype=DTYPES[settings.dtype],
+        autocast=settings.dtype != "fp32",
+        checkpointing=settings.checkpointing,
+        padded=padded,
+        device=settings.device,
+    )
+    return _cached_cost(_Key(subject), step)
+
+
+def _fixed(subject: Subject, settings: TrainingSettings) -> tuple[dict[str, int], int]:
+    """Bytes of weights and optimizer by part, and those in host memory."""
+    trained = subject.adapter_parameters
+    fixed = {
+        **_weights(subject, DTYPES[settings.dtype].itemsize),
+        "adapters": 4 * trained,
+        "optimizer": STATE_BYTES[settings.optimizer] * trained,
+    }
+    host = fixed["embedding"] if settings.embedding_on_host and not subject.tied else 0
+    if host:
+        fixed["embedding"] = 0
+    return fixed, host
+
+
+def _weights(subject: Subject, item: int) -> dict[str, int]:
+    """Bytes of backbone, embedding and head on the device."""
+    tables = {path: role for role, path in subject.tables.items()}
+    sizes = {role: count * item for role, count in subject.dense.items()}
+    for weight in subject.weights:
+        sizes[tables.get(weight.info.module, BACKBONE)] += weight.nbytes
+    return {"backbone": sizes[BACKBONE], "embedding": sizes[EMBEDDING], "head": sizes[HEAD]}
+
+
+def _moments(
+    subject: Subject, settings: TrainingSettings, cost: BlockCost, dtype: torch.dtype
+) -> dict[str, dict[str, int]]:
+    """Gradients, activations, logits and the rest at each moment that can be the peak."""
+    gradients = 4 * subject.adapter_parameters
+    per_block = gradients // subject.blocks
+    kept = subject.blocks * cost.kept
+    # From the second batch of an accumulation on, all gradients are there all the time.
+    early = gradients if settings.accumulation > 1 else 0
+    other = cost.outside
+    head = HeadOfLoss(
+        vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
+    )
+    logits = loss_bytes(
+        head, kind=settings.loss, tokens=settings.tokens, dtype=dtype, device=settings.device
+    )
+
+    def moment(gradients: int, activations: int, logits: int = 0, other: int = other) -> dict:
+        return {
+            "gradients": gradients, "activations": activations, "logits": logits, "other": other,
+        }  # fmt: skip
+
+    # The gradients of a block that is being differentiated are part of what it takes.
+    rest = max(0, gradients - per_block)
+    return {
+        "loss": moment(early, kept, logits),
+        "last block": moment(rest if early else 0, kept + cost.working),
+        "first block": moment(rest, cost.kept + cost.working),
+        "optimizer": moment(gradients, 0, 0, 0),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Key:
+    """A subject as a key: everything that the cost of a block depends on."""
+
+    subject: Subject
+
+    @property
+    def _identity(self) -> tuple[object, ...]:
+        layers = tuple(
+            (w.info.module, w.info.shape, w.rank) for w in self.subject.weights if w.rank
+        )
+        return self.subject.name, layers
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._identity == other._identity
+
+
+@lru_cache(maxsize=512)
+def _cached_cost(key: _Key, step: Step) -> BlockCost:
+    return block_cost(key.subject, step)
