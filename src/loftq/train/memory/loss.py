@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq.ops.panels import panel_rows
 from loftq.train.memory.probe import dequantize_scratch
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
@@ -50,23 +51,22 @@ def loss_bytes(
     item = dtype.itemsize
     if kind == "full":
         logits = tokens * head.vocabulary * (item * (1 + backward) + FULL)
-        return logits + _panels(head, head.vocabulary, item, device, copies=1)
+        return logits + _panel(head, head.vocabulary, item)
     rows, width = min(tokens, TILE_TOKENS), min(head.vocabulary, TILE_VOCABULARY)
     taken = tokens * head.hidden * item + rows * TILE_VOCABULARY * item  # what is scored; a tile
     if backward:  # the gradient of the hidden states in float32, then once more in their dtype
         taken += tokens * head.hidden * (4 + item)
-    if torch.device(device).type != "cuda":
-        folded = rows * width * (FOLDED if backward else FOLDED_FORWARD)
-        widened = 0 if item == 4 or not backward else 4 * width * (rows + head.hidden)
-        taken += max(folded, widened)
     # In the backward a panel is bound to its name while the next one is made, hence two at a time.
-    copies = 2 if backward and head.vocabulary > width else 1
-    return taken + _panels(head, width, item, device, copies=copies)
+    taken += (2 if backward and head.vocabulary > width else 1) * _panel(head, width, item)
+    if torch.device(device).type == "cuda":
+        return taken
+    folded = rows * width * (FOLDED if backward else FOLDED_FORWARD)
+    widened = 0 if item == 4 or not backward else 4 * width * (rows + head.hidden)
+    panel = panel_rows(width, head.hidden, torch.device(device)) * head.hidden
+    unpacked = dequantize_scratch(panel, device) if head.packed else 0
+    return taken + max(folded, widened, unpacked)  # one after the other
 
 
-def _panels(head: HeadOfLoss, rows: int, item: int, device: str, *, copies: int) -> int:
-    """Bytes of the dense rows of a packed head; a dense head is read where it is."""
-    if not head.packed:
-        return 0
-    weights = rows * head.hidden
-    return copies * weights * item + dequantize_scratch(min(weights, 1 << 24), device)
+def _panel(head: HeadOfLoss, rows: int, item: int) -> int:
+    """Bytes of dense rows of a packed head; a dense head is read where it is."""
+    return rows * head.hidden * item if head.packed else 0

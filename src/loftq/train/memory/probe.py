@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from loftq.train.memory.subject import Subject, UnknownModel
 
 REFERENCE_SCRATCH = 9
 """Bytes that the plain PyTorch dequantization takes for each weight besides its result."""
+WALK = "loftq_walk"
+"""Name of the attention that is walked through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +110,7 @@ def _run(model: nn.Module, step: Step, live: LiveBytes) -> _Walked:
     trunk = model.get_base_model().base_model  # type: ignore[operator]
     shape = (step.batch_size, step.length)
     ids = torch.empty(shape, dtype=torch.long)
-    mask = None
-    if step.padded:
-        mask = torch.empty((step.batch_size, 1, step.length, step.length), dtype=torch.bool)
+    mask = torch.empty(shape, dtype=torch.long) if step.padded else None
     base = live.live
     with _autocast(step):
         hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -133,7 +134,8 @@ def _trained_model(subject: Subject, step: Step, blocks: int) -> nn.Module:
             if weight.rank:  # tables are looked up and are outside of what is walked
                 replace_layer(model, weight.info.module, weight.spec, builders=BUILDERS)
     model.to(step.dtype)
-    model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+    _attend_by_walk()
+    model.config._attn_implementation = WALK  # type: ignore[union-attr]
     adapted = [w for w in weights if w.rank]
     config = LoraConfig(
         r=max(w.rank for w in adapted),
@@ -197,6 +199,39 @@ def _autocast(step: Step) -> Any:
         return contextlib.nullcontext()
     # Fake tensors are on the CPU, whose autocast knows bfloat16 as CUDA's knows both 16-bit types.
     return torch.autocast("cpu", dtype=step.dtype)
+
+
+@cache
+def _attend_by_walk() -> None:
+    """Make WALK an attention of transformers: its "sdpa", decided without looking at values.
+
+    With real tensors "sdpa" makes no mask where no row is padded, which it cannot see in fake ones.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:  # the kernels that take a mask want all heads
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return out.transpose(1, 2).contiguous(), None
+
+    def mask(batch_size: int, *_: Any, attention_mask: Tensor | None = None, **__: Any) -> Any:
+        if attention_mask is None:
+            return None
+        length = attention_mask.shape[-1]
+        return torch.empty((batch_size, 1, length, length), dtype=torch.bool)
+
+    AttentionInterface.register(WALK, attend)
+    AttentionMaskInterface.register(WALK, mask)
 
 
 class _KernelAttention(TorchFunctionMode):
