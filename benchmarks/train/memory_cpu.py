@@ -1,13 +1,13 @@
-"""Predicted against measured peak of training on a CPU: anonymous memory above the loaded libraries.
+"""Predicted against measured peak of training on a CPU: anonymous memory above the libraries.
 
     LOFTQ_MODELS=FOLDER python benchmarks/train/memory_cpu.py --output results.md
 
-SmolLM2-135M, quantized here. Each cell is a process of its own: it warms up on a tiny model, so that
-lazily imported libraries are not counted, loads the packed model, makes its tensors anonymous (they
-are mapped from the files otherwise), and trains three steps while a thread reads RssAnon.
+SmolLM2-135M, quantized here. Each cell is a process of its own: it warms up on a tiny model, so
+that lazily imported libraries are not counted, loads the packed model, makes its tensors anonymous
+(they are mapped from the files otherwise), and trains three steps while a thread reads RssAnon.
 
 glibc keeps freed blocks below a threshold that it raises by itself, so that its heap shows memory
-that no tensor has. The threshold is fixed here (MALLOC_MMAP_THRESHOLD_), which returns them at once.
+that no tensor has. The threshold is fixed here (MALLOC_MMAP_THRESHOLD_): freed is given back.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def _cell(out: Path, length: int) -> dict[str, int]:
     settings = TrainingSettings(length=length, dtype="fp32", device="cpu")
     predicted = predict(subject_of_output(out), settings).total
     warm = subject("tiny", rank=4)
-    tiny = with_adapter(
-        random_model("tiny", warm, device="cpu", dtype=torch.float32), warm, 4
-    )
+    tiny = with_adapter(random_model("tiny", warm, device="cpu", dtype=torch.float32), warm, 4)
     train_steps(tiny, TrainingSettings(length=16, dtype="fp32", device="cpu"), 2, device="cpu")
     del tiny
     gc.collect()

@@ -51,9 +51,7 @@ def subject(shape: str, **options: Any) -> Subject:
     return subject_of_config(SHAPES[shape](), name=shape, **options)
 
 
-def random_model(
-    shape: str, described: Subject, *, device: str, dtype: torch.dtype
-) -> nn.Module:
+def random_model(shape: str, described: Subject, *, device: str, dtype: torch.dtype) -> nn.Module:
     """The packed base model with random weights on `device`."""
     config = SHAPES[shape]()
     with torch.device("meta"):

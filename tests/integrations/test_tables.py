@@ -125,7 +125,9 @@ def test_a_loaded_model_is_packed_in_memory_with_its_tie() -> None:
 def test_peft_finds_no_place_on_a_packed_table_by_itself(tmp_path: Path) -> None:
     _, out = quantized(tmp_path, "llama", **TABLES)
     model = loftq.load(out, trainable=True)
-    assert not [n for n, _ in model.named_parameters() if "lora" in n and ("head" in n or "embed" in n)]
+    assert not [
+        n for n, _ in model.named_parameters() if "lora" in n and ("head" in n or "embed" in n)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -151,14 +153,18 @@ def test_tied_modules_that_scale_their_rows_are_refused(tmp_path: Path) -> None:
         loftq.plan(source, rank=4, device="cpu", embedding=8)
 
 
-@pytest.mark.parametrize(("name", "key"), [("gemma2", "embedding"), ("gemma2", "head"), ("bert", "head")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("gemma2", "embedding"), ("gemma2", "head"), ("bert", "head")]
+)
 def test_a_table_that_cannot_be_packed_is_said(tmp_path: Path, name: str, key: str) -> None:
     source = zoo.save(zoo.build(name), tmp_path / "source")
     with pytest.raises(ValueError, match=f"{key}=8: no {key} of .* can be packed"):
         loftq.plan(source, rank=4, device="cpu", **{key: 8})
 
 
-def test_large_tables_are_rounded_in_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_are_rounded_in_panels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = loftq.quantize_model(zoo.build("llama"), rank=4, **TABLES).get_base_model()
     monkeypatch.setattr("loftq.pipeline.rounded.ROUNDED_AT_ONCE", zoo.WIDTH * 7)
     parts = loftq.quantize_model(zoo.build("llama"), rank=4, **TABLES).get_base_model()

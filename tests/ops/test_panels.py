@@ -10,7 +10,14 @@ from loftq.nn import QuantLinear
 from loftq.ops import panels
 from packed_folder import random_quantized
 
-FORMATS = ("nf4-g32", "int3-g16-dq", "sint8-g64-f16", "nf2-channel-bf16", "uniform4", "sint4-g64-f32")
+FORMATS = (
+    "nf4-g32",
+    "int3-g16-dq",
+    "sint8-g64-f16",
+    "nf2-channel-bf16",
+    "uniform4",
+    "sint4-g64-f32",
+)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -77,8 +84,8 @@ def test_other_indices_mean_what_they_mean_on_a_tensor(index: object) -> None:
 def test_rows_of_a_transposed_weight_are_not_mixed_up() -> None:
     from transformers.pytorch_utils import Conv1D
 
-    from loftq.integrations.conv1d import QuantConv1D
     from loftq.formats import parse_format
+    from loftq.integrations.conv1d import QuantConv1D
 
     layer = QuantConv1D.from_dense(Conv1D(30, 48), parse_format("nf4-g16"))
     layer.fill_(random_quantized(30, 48, "nf4-g16"))

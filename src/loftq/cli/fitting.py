@@ -88,7 +88,9 @@ def show(out: Console, training: Training, model: str, data: str | None) -> None
     parts.add_row("peak", console.size(peak.total))
     out.print(parts)
     left = console.facts()
-    context = "" if fit.settings.device == "cpu" else "; the CUDA context and the allocator's reserve"
+    context = (
+        "" if fit.settings.device == "cpu" else "; the CUDA context and the allocator's reserve"
+    )
     left.add_row("peak", MOMENTS[peak.moment], f"predicted, of {console.size(fit.usable)} that "
                  f"tensors may take{context and context + ' are set aside'}")  # fmt: skip
     if peak.host:

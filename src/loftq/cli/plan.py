@@ -57,16 +57,19 @@ def plan(
         from loftq.cli.choices import choices
         from loftq.report import describe_plan
 
-        training = None
+        training, settled = None, dict(request.options)
         if memory is not None:
-            training = fitting.within(model, memory, data, request.options)
-            request.options.update(training.options)
-        planned = api.plan(model, **request.options)
+            training = fitting.within(model, memory, data, settled)
+            settled |= training.options
+        planned = api.plan(model, **settled)
         report = describe_plan(planned)
         chosen = choices(planned, request.given)
         free = None if output is None else _free(output)
     if as_json:
-        made = {"choices": [choice.to_dict() for choice in chosen], "free_disk_bytes": free}
+        made: dict[str, object] = {
+            "choices": [choice.to_dict() for choice in chosen],
+            "free_disk_bytes": free,
+        }
         if training is not None:
             made["training"] = training.to_dict()
         console.emit({"model": model, **report.to_dict(), **made})

@@ -128,9 +128,7 @@ def describe_model(
         )
     parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
     names = TensorNames({name: name for name in parameters})
-    return _describe(
-        model, names, targets=targets, skip=skip, embeddings=embeddings, tables=tables
-    )
+    return _describe(model, names, targets=targets, skip=skip, embeddings=embeddings, tables=tables)
 
 
 def task_type(architecture: str) -> str | None:
@@ -244,8 +242,8 @@ def _choose(
     complaints = [unmatched(targets or (), paths, where="targets")]
     complaints.append(unmatched(skip, paths, where="skip"))
     if targets is not None:
-        tables = (w for w in weights if w.layer and w.reason is None)
-        chosen = {w.path for w in tables if w.layer.kind == "embedding" or not w.layer.adapted}
+        ready = [w.layer for w in weights if w.layer and w.reason is None]
+        chosen = {x.module for x in ready if x.kind == "embedding" or not x.adapted}
         for pattern in targets:
             hits = [w for w in weights if matches(pattern, w.path)]
             free = [w for w in hits if w.reason is None]
@@ -296,9 +294,7 @@ def _refuse_unpacked(
             )
 
 
-def _refuse_shared(
-    model: nn.Module, layers: Sequence[LayerInfo], tied: Mapping[str, str]
-) -> None:
+def _refuse_shared(model: nn.Module, layers: Sequence[LayerInfo], tied: Mapping[str, str]) -> None:
     """Whatever is tied to a packed embedding must be able to read its packed bytes."""
     for layer in layers:
         others = [module for module, owner in tied.items() if owner == layer.module]

@@ -80,5 +80,5 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize("text", ["8", "GB", "eight GB", "8 bananas", "-8GB", "0GB", ""])
 def test_other_words_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="not a size. Write a number with its unit"):
+    with pytest.raises(ValueError, match=r"not a size\. Write a number with its unit"):
         parse_size(text)

@@ -144,9 +144,7 @@ def test_an_output_is_what_its_plan_was(tmp_path: Path) -> None:
     loftq.quantize(source, tmp_path / "out", rank=4, method="qlora", embedding=8, device="cpu")
     settings = TrainingSettings(length=256, device="cpu", dtype="fp32")
     found = predict(subject_of_output(tmp_path / "out"), settings)
-    assert found == predict(
-        subject_of_config(tied, rank=4, method="qlora", embedding=8), settings
-    )
+    assert found == predict(subject_of_config(tied, rank=4, method="qlora", embedding=8), settings)
     assert found.head == 0
 
 

@@ -1,9 +1,9 @@
 """What training takes: bytes by part, what would save most, and what fits a budget.
 
-    subject = subject_of_output(Path("OUT"))
-    peak = predict(subject, TrainingSettings(batch_size=4, length=1024))
-    savings(subject, TrainingSettings(batch_size=4, length=1024))
-    fit(configurable("MODEL", {}), parse_size("8GB"))
+subject = subject_of_output(Path("OUT"))
+peak = predict(subject, TrainingSettings(batch_size=4, length=1024))
+savings(subject, TrainingSettings(batch_size=4, length=1024))
+fit(configurable("MODEL", {}), parse_size("8GB"))
 """
 
 from loftq.train.memory.budget import parse_size, usable

@@ -1,14 +1,16 @@
 """The peak of a training step, by part.
 
-A step has a few moments that can be its peak: the loss, its backward, the backward of the last block (everything
-kept, the fewest gradients), that of the first block (the least kept, all gradients) and the
-optimizer's step. Weights, adapters and optimizer states are there in all of them. The figure is that
-of torch.cuda.max_memory_allocated on a GPU, without the CUDA context and the allocator's reserve
-(`budget.py`), and anonymous memory above the loaded libraries on a CPU.
+A step has a few moments that can be its peak: the loss, its backward, the backward of the last
+block (everything kept, the fewest gradients), that of the first block (the least kept, all
+gradients) and the optimizer's step. Weights, adapters and optimizer states are there in all of
+them. The figure is that of torch.cuda.max_memory_allocated on a GPU, without the CUDA context and
+the allocator's reserve (`budget.py`); on a CPU it is the tensors, those mapped from files included,
+without what the heap of the C library holds on to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -54,7 +56,12 @@ class TrainingSettings:
     """cuda or cpu."""
 
     def __post_init__(self) -> None:
-        known = {"dtype": DTYPES, "optimizer": STATE_BYTES, "loss": KINDS, "device": ("cuda", "cpu")}
+        known: Mapping[str, Collection[str]] = {
+            "dtype": DTYPES,
+            "optimizer": STATE_BYTES,
+            "loss": KINDS,
+            "device": ("cuda", "cpu"),
+        }
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(choices)}.")
@@ -210,7 +217,9 @@ class _Key:
 
     @property
     def _identity(self) -> tuple[object, ...]:
-        layers = tuple((w.info.module, w.info.shape, w.rank) for w in self.subject.weights if w.rank)
+        layers = tuple(
+            (w.info.module, w.info.shape, w.rank) for w in self.subject.weights if w.rank
+        )
         return self.subject.name, layers
 
     def __hash__(self) -> int:
@@ -223,4 +232,3 @@ class _Key:
 @lru_cache(maxsize=512)
 def _cached_cost(key: _Key, step: Step) -> BlockCost:
     return block_cost(key.subject, step)
-

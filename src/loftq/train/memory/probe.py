@@ -3,8 +3,8 @@
 The model is built as it will be trained (packed layers, adapters, checkpointing, autocast), cut to
 one and to two blocks, and run forward and backward under a mode that counts live bytes. Nothing is
 computed or allocated. The difference of the two runs is what a block keeps for its backward; the
-peak above what was kept is what a block needs while it is computed again and differentiated. So each
-figure is what the code really does, for any architecture, and none is fitted.
+peak above what was kept is what a block needs while it is computed again and differentiated. So
+each figure is what the code really does, for any architecture, and none is fitted.
 
 Not seen by operators and counted here: the attention kernel's own buffers (`_Flash`), and the dense
 copy of a packed weight inside its linear layer (`dense_bytes`).
@@ -111,6 +111,7 @@ def _run(model: nn.Module, step: Step, live: LiveBytes) -> _Walked:
     shape = (step.batch_size, step.length)
     ids = torch.empty(shape, dtype=torch.long)
     mask = torch.empty(shape, dtype=torch.long) if step.padded else None
+    live.ignore(*model.parameters(), *model.buffers())
     base = live.live
     with _autocast(step):
         hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -142,7 +143,7 @@ def _trained_model(subject: Subject, step: Step, blocks: int) -> nn.Module:
         target_modules=[w.info.module for w in adapted],
         fan_in_fan_out=any(w.info.kind == "conv1d" for w in adapted),
     )
-    wrapped: nn.Module = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    wrapped: nn.Module = get_peft_model(model, config, low_cpu_mem_usage=True)
     if step.checkpointing:
         # A backward is a torch function, inside of which function modes are off.
         again = (contextlib.nullcontext(), _KernelAttention(step.device))
@@ -266,7 +267,7 @@ class _KernelAttention(TorchFunctionMode):
 
 
 class _Flash(torch.autograd.Function):
-    """The memory of a fused attention; q (batch, heads, length, width), k and v with fewer heads."""
+    """The memory of a fused attention: q (batch, heads, length, width), k and v of fewer heads."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, device: str) -> Tensor:
@@ -277,7 +278,7 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, _, _, _ = ctx.saved_tensors
         accumulator = None
         if torch.device(ctx.device).type == "cuda":
@@ -291,4 +292,3 @@ class _Flash(torch.autograd.Function):
         if groups > 1:
             return dq, dk.sum(2), dv.sum(2), None, None
         return dq, dk.squeeze(2), dv.squeeze(2), None, None
-

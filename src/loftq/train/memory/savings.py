@@ -57,9 +57,7 @@ def savings(
     return tuple(sorted(found, key=lambda saving: -saving.saved)[:count])
 
 
-def _changes(
-    subject: Subject, settings: TrainingSettings
-) -> Iterator[tuple[str, str, PeakMemory]]:
+def _changes(subject: Subject, settings: TrainingSettings) -> Iterator[tuple[str, str, PeakMemory]]:
     yield from _step_changes(subject, settings)
     if not (subject.tied or settings.embedding_on_host):
         changed = replace(settings, embedding_on_host=True)

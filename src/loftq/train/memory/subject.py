@@ -102,9 +102,7 @@ def subject_of_model(
     """
     formats = planned_formats(config, layout)
     weights = tuple(
-        PackedWeight(
-            info=info, spec=formats[info.module], rank=config.rank if info.adapted else 0
-        )
+        PackedWeight(info=info, spec=formats[info.module], rank=config.rank if info.adapted else 0)
         for info in layout.layers
     )
     return _subject(name, build, weights, layout.blocks, layout.task_type)
@@ -220,5 +218,5 @@ def _recorded(layer: dict[str, Any]) -> PackedWeight:
 
 def _without_config(model: nn.Module) -> nn.Module:
     """The model without the note that it is quantized: as built here it is dense."""
-    model.config.__dict__.pop("quantization_config", None)  # type: ignore[union-attr]
+    model.config.__dict__.pop("quantization_config", None)
     return model
