@@ -18,7 +18,14 @@ import transformers as hf
 from loftq.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/quickstart.md", "docs/python.md", "docs/cli.md", "docs/report.md", "docs/memory.md")
+PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    "docs/python.md",
+    "docs/cli.md",
+    "docs/report.md",
+    "docs/memory.md",
+)
 LINKED = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 MARKED = re.compile(r"^<!-- run -->\n+```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)")

@@ -24,7 +24,9 @@ def test_the_fused_loss_of_a_packed_head_is_the_plain_one(name: str, dtype: torc
     found = []
     for fused in (False, True):
         model.zero_grad()
-        loss = model(input_ids=ids, labels=labels, **({"fused_lm_head": True} if fused else {})).loss
+        loss = model(
+            input_ids=ids, labels=labels, **({"fused_lm_head": True} if fused else {})
+        ).loss
         loss.backward()
         gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
         found.append((loss.detach().float(), torch.cat([g.flatten() for g in gradients])))

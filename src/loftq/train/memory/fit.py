@@ -141,8 +141,8 @@ def _candidates(
     configure: Configure, chosen: TrainingSettings, start: int, fixed: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], TrainingSettings]]:
     """Every choice, in the order of preference."""
-    shared = _subject(configure, {"bits": fixed.get("bits"), "rank": fixed.get("rank") or DEFAULT_RANK,
-                                  "embedding": None, "head": None}).tied  # fmt: skip
+    any_of_it = {"bits": fixed.get("bits"), "rank": fixed.get("rank") or DEFAULT_RANK}
+    shared = _subject(configure, any_of_it).tied
     ranks = [fixed["rank"]] if fixed.get("rank") else _halved(DEFAULT_RANK, LOWEST_RANK)
     lengths = [fixed["length"]] if fixed.get("length") else _halved(start, SHORTEST)
     widths = [fixed.get("bits")] if "bits" in fixed else list(BITS)
