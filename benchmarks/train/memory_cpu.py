@@ -95,7 +95,7 @@ def _cell(out: Path, length: int) -> dict[str, int]:
     peak, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.002):
+        while not stop.wait(0.01):
             peak[0] = max(peak[0], _anonymous() - base)
 
     thread = threading.Thread(target=watch)
