@@ -2,8 +2,8 @@
 
     python benchmarks/train/memory_peak.py --output results.md
 
-Shapes are real, weights random and packed; each cell runs optimizer steps through the code of
-`loftq train`. "measured" is torch.cuda.max_memory_allocated, which leaves out the CUDA context. A cap
+Shapes are real, weights random and packed; each cell runs optimizer steps with the loss of
+`loftq train`. "measured" is torch.cuda.max_memory_allocated, without the CUDA context. A cap
 is torch.cuda.set_per_process_memory_fraction: what exceeds it is out of memory, as on a small card.
 One cell that fails does not stop the others. On a CPU (--device cpu --shapes tiny) the script only
 shows that it runs.
@@ -24,14 +24,14 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import torch  # noqa: E402
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shapes import random_model, subject, with_adapter  # noqa: E402
-from step import has_fused_head, train_steps  # noqa: E402
+from shapes import random_model, subject, with_adapter
+from step import has_fused_head, train_steps
 
-from loftq.train.memory.predict import TrainingSettings, predict  # noqa: E402
-from loftq.train.prepare import add_fused_head  # noqa: E402
+from loftq.train.memory.predict import TrainingSettings, predict
+from loftq.train.prepare import add_fused_head
 
 BITS, RANKS, LENGTHS = (4, 3, 2), (16, 64), (1024, 2048)
 COMPARED = ("Llama-2-7B", "Qwen3-8B", "Qwen3-14B")

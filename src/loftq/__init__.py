@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loftq.api import export, greedy_adapter, load, plan, quantize, quantize_model
     from loftq.formats import FormatSpec, QuantizedTensor, parse_format
     from loftq.methods import METHODS
+    from loftq.train.prepare import prepare_for_training
     from loftq.train.run import train
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "parse_format",
     "plan",
+    "prepare_for_training",
     "quantize",
     "quantize_model",
     "train",
@@ -49,6 +51,7 @@ _HOME = {
     "load": "loftq.api",
     "parse_format": "loftq.formats",
     "plan": "loftq.api",
+    "prepare_for_training": "loftq.train.prepare",
     "quantize": "loftq.api",
     "quantize_model": "loftq.api",
 }

@@ -86,6 +86,27 @@ def test_the_reasons_distinguish_defaults_from_wishes(loftq: Callable, model: Pa
     assert all("as asked" in reason for reason in asked.values())
 
 
+def test_a_budget_chooses_and_says_why(loftq: Callable, model: Path) -> None:
+    answer = loftq("plan", model, "--rank", 4, "--memory", "2GB")
+    assert answer.code == 0
+    for words in ("training within 2 GB", "rank           4", "as asked", "optimizer", "tokens"):
+        assert words in answer.out
+    plan = loftq("plan", model, "--rank", 4, "--memory", "2GB", "head=8", "--json").json
+    training = plan["training"]
+    assert training["options"] == {"bits": 4, "rank": 4, "embedding": 16, "head": 8}
+    assert training["peak"]["total"] < training["usable"] < training["budget"] == 2 * 10**9
+    assert training["tokens_per_step"] == training["settings"]["length"] * 8
+    assert "lm_head" in [layer["module"] for layer in plan["layers"]]
+
+
+def test_budgets_that_are_none_are_refused(loftq: Callable, model: Path) -> None:
+    assert "not a size" in loftq("plan", model, "--rank", 4, "--memory", "plenty").err
+    small = loftq("plan", model, "--rank", 4, "--memory", "501MB")
+    assert small.code == 1
+    assert "nothing fits. The least that training this model takes is" in small.err
+    assert loftq("plan", model, "--data", "chats.jsonl").code == 2
+
+
 def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -> None:
     folder = zoo.save(zoo.build("mixtral"), tmp_path / "moe")
     refused = loftq("plan", folder, "--rank", 4)

@@ -84,8 +84,8 @@ def test_other_indices_mean_what_they_mean_on_a_tensor(index: object) -> None:
 def test_rows_of_a_transposed_weight_are_not_mixed_up() -> None:
     from transformers.pytorch_utils import Conv1D
 
-    from loftq.integrations.conv1d import QuantConv1D
     from loftq.formats import parse_format
+    from loftq.integrations.conv1d import QuantConv1D
 
     layer = QuantConv1D.from_dense(Conv1D(30, 48), parse_format("nf4-g16"))
     layer.fill_(random_quantized(30, 48, "nf4-g16"))

@@ -87,10 +87,14 @@ def _layers(plan: Plan, given: Set[str]) -> Choice:
     layout = plan.layout
     kinds = Counter(layer.info.kind for layer in plan.layers)
     linears = sum(n for kind, n in kinds.items() if kind != "embedding")
+    tables = [layer for layer in plan.layers if not layer.rank]
+    linears -= sum(layer.info.kind != "embedding" for layer in tables)
     value = f"{linears} linear layers" + (f" in {layout.blocks} blocks" if layout.blocks else "")
-    if kinds["embedding"]:
+    if tables:
+        value += f", and {', '.join(x.info.module for x in tables)} in {tables[0].spec.bits} bits"
+    elif kinds["embedding"]:
         value += f" and {kinds['embedding']} embeddings"
-    if given & {"targets", "skip", "embeddings"}:
+    if given & {"targets", "skip", "embeddings", "embedding", "head"}:
         return Choice("layers", value, ASKED)
     kept = ", ".join(dict.fromkeys(kept.reason for kept in layout.kept))
     reason = "all of them: QLoRA needs adapters on every one to match full fine-tuning"

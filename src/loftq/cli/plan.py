@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loftq.cli import console, options
+from loftq.cli import console, fitting, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,14 @@ def plan(
     device: options.Device = None,
     seed: options.Seed = None,
     config: options.ConfigFile = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Choose everything so that training fits a card: 8GB, 7.5GiB, ..."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Training data: its longest row and its tokens (with --memory)."),
+    ] = None,
     allow_uncovered: options.AllowUncovered = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -42,17 +50,28 @@ def plan(
         "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
+    if data is not None and memory is None:
+        raise typer.BadParameter("--data needs --memory, the budget to fit training into.")
     with console.answering(as_json=as_json):
         from loftq import api
         from loftq.cli.choices import choices
         from loftq.report import describe_plan
 
-        planned = api.plan(model, **request.options)
+        training, settled = None, dict(request.options)
+        if memory is not None:
+            training = fitting.within(model, memory, data, settled)
+            settled |= training.options
+        planned = api.plan(model, **settled)
         report = describe_plan(planned)
         chosen = choices(planned, request.given)
         free = None if output is None else _free(output)
     if as_json:
-        made = {"choices": [choice.to_dict() for choice in chosen], "free_disk_bytes": free}
+        made: dict[str, object] = {
+            "choices": [choice.to_dict() for choice in chosen],
+            "free_disk_bytes": free,
+        }
+        if training is not None:
+            made["training"] = training.to_dict()
         console.emit({"model": model, **report.to_dict(), **made})
         return
     out = console.screen()
@@ -64,6 +83,8 @@ def plan(
     out.print()
     _print_layers(out, report)
     _print_totals(out, report)
+    if training is not None:
+        fitting.show(out, training, model, data)
     if free is not None and free < report.disk_bytes:
         out.print(
             f"\n{output}: {console.size(free)} free, {console.size(report.disk_bytes)} needed. "

@@ -242,8 +242,8 @@ def _choose(
     complaints = [unmatched(targets or (), paths, where="targets")]
     complaints.append(unmatched(skip, paths, where="skip"))
     if targets is not None:
-        tables = (w for w in weights if w.layer and w.reason is None)
-        chosen = {w.path for w in tables if w.layer.kind == "embedding" or not w.layer.adapted}
+        ready = [w.layer for w in weights if w.layer and w.reason is None]
+        chosen = {x.module for x in ready if x.kind == "embedding" or not x.adapted}
         for pattern in targets:
             hits = [w for w in weights if matches(pattern, w.path)]
             free = [w for w in hits if w.reason is None]

@@ -29,9 +29,10 @@ class HostTable(nn.Module):
     def hold_(self, device: torch.device) -> None:
         """Take the table out of the parameters and put it on the CPU."""
         self.rows_device = device
-        for name in [name for name, p in self._parameters.items() if p is not None]:
-            table = self._parameters.pop(name).detach().cpu()
-            object.__setattr__(self, name, table)
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None:
+                del self._parameters[name]
+                object.__setattr__(self, name, parameter.detach().cpu())
 
     def tables(self) -> dict[str, Tensor]:
         """The tensors of the table by their names in state_dict."""
@@ -43,7 +44,7 @@ class HostTable(nn.Module):
         rows: Tensor = super().forward(input.to("cpu"))
         return rows.to(self.rows_device, non_blocking=True)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostTable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # What happens to an empty tensor of the same kind tells where to and in which dtype.
         probe = fn(torch.empty(0, dtype=self._dtype, device=self.rows_device))
         self.rows_device = probe.device

@@ -11,15 +11,15 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
 
-from loftq.integrations.config import METHOD, LoftqConfig
 from loftq.integrations.builders import BUILDERS
+from loftq.integrations.config import METHOD, LoftqConfig
 from loftq.integrations.guard import guard_adapter
 from loftq.integrations.loading import check_files, check_loaded, spans_devices, world_size
 from loftq.integrations.tied import share_packed_

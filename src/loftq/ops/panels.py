@@ -1,4 +1,4 @@
-"""Large weights a panel of rows at a time, so that the dense copy of a head never exists as a whole.
+"""Large weights a panel of rows at a time: the dense copy of a head never exists as a whole.
 
 A head of 151,936 x 4,096 weights is 1.2 GB in bfloat16; a panel of it is at most PANEL_WEIGHTS.
 """

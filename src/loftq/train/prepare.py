@@ -49,7 +49,7 @@ def prepare_for_training(
 
 
 def add_fused_head(base: nn.Module) -> bool:
-    """Give a causal language model TRL's fused head; False where there is no TRL or no such head."""
+    """Give a causal language model TRL's fused head; False without TRL or without such a head."""
     try:
         from trl.trainer.utils import add_fused_lm_head
     except ImportError:

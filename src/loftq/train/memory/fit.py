@@ -29,7 +29,7 @@ BATCH = 8
 """Rows that an optimizer step sees, as batch size x accumulation."""
 CONTEXT = 2048
 """Longest context that is chosen when nothing is known of the data."""
-SHORTEST, LOWEST_RANK = 256, 8
+SHORTEST, DEFAULT_RANK, LOWEST_RANK = 256, 16, 8
 BITS = (4, 3, 2)
 TABLES = (
     {"embedding": 16, "head": 16, "embedding_on_host": False},
@@ -141,9 +141,9 @@ def _candidates(
     configure: Configure, chosen: TrainingSettings, start: int, fixed: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], TrainingSettings]]:
     """Every choice, in the order of preference."""
-    shared = _subject(configure, {"bits": fixed.get("bits"), "rank": fixed.get("rank") or 16,
-                                  "embedding": None, "head": None}).tied  # fmt: skip
-    ranks = [fixed["rank"]] if fixed.get("rank") else _halved(16, LOWEST_RANK)
+    any_of_it = {"bits": fixed.get("bits"), "rank": fixed.get("rank") or DEFAULT_RANK}
+    shared = _subject(configure, any_of_it).tied
+    ranks = [fixed["rank"]] if fixed.get("rank") else _halved(DEFAULT_RANK, LOWEST_RANK)
     lengths = [fixed["length"]] if fixed.get("length") else _halved(start, SHORTEST)
     widths = [fixed.get("bits")] if "bits" in fixed else list(BITS)
     batches = [fixed["batch_size"]] if fixed.get("batch_size") else _halved(4, 1)
@@ -202,12 +202,13 @@ def _explain(
         return FitChoice(name=name, value=str(value), reason="as asked" if asked else reason)
 
     if options["bits"] is not None:
-        most = options["bits"] == BITS[0]
-        yield choice("bits", options["bits"], "the most that quality asks for" if most else
-                     "the most that fits; more bits would need less context or another card")  # fmt: skip
-    full = options["rank"] == 16
-    yield choice("rank", options["rank"], "kept: it makes up for the bits" if full else
-                 "halved, as the last resort")  # fmt: skip
+        most = "the most that fits; more bits would need less context or another card"
+        if options["bits"] == BITS[0]:
+            most = "the most that quality asks for"
+        yield choice("bits", options["bits"], most)
+    full = options["rank"] == DEFAULT_RANK
+    kept = "kept: it makes up for the bits" if full else "halved, as the last resort"
+    yield choice("rank", options["rank"], kept)
     yield from _explain_tables(subject, options, step, choice)
     if step.length == start:
         reason = "the longest row of the data" if longest else "the default; --data shortens it"

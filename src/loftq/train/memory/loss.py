@@ -11,15 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq.ops.panels import panel_rows
 from loftq.train.memory.probe import dequantize_scratch
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 FOLDED = 7 * 4 + 1
 """Bytes per entry of a tile in the PyTorch backward: y, z, log p, p, the gradient, the one-hot
 target as float32 and their product, all float32, and the comparison (`_backward_tile`)."""
+FOLDED_FORWARD = 3 * 4 + 1
+"""The same in the PyTorch forward: z, its exponential and a product, and a comparison."""
 FULL = 4 + 4
-"""Bytes per logit besides those of the logits themselves and of their gradient: log-softmax and
-its gradient in float32."""
+"""Bytes per logit besides those of the logits themselves: in the forward a float32 copy and the
+log-softmax, in the backward the log-softmax and its gradient (then the logits' own, too)."""
 KINDS = ("chunked", "full")
 
 
@@ -32,8 +35,10 @@ class HeadOfLoss:
     packed: bool
 
 
-def loss_bytes(head: HeadOfLoss, *, kind: str, tokens: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes of the loss at its peak, in its backward, above the hidden states it is given.
+def loss_bytes(
+    head: HeadOfLoss, *, kind: str, tokens: int, dtype: torch.dtype, device: str, backward: bool
+) -> int:
+    """Bytes of the loss at its peak, above the hidden states it is given.
 
     Args:
         head: the output head.
@@ -41,29 +46,27 @@ def loss_bytes(head: HeadOfLoss, *, kind: str, tokens: int, dtype: torch.dtype, 
         tokens: that are trained on; all of a batch at most.
         dtype: in which logits are computed.
         device: "cuda" or "cpu".
+        backward: in its backward, else in its forward.
     """
     item = dtype.itemsize
     if kind == "full":
-        logits = tokens * head.vocabulary * (2 * item + FULL)
-        return logits + _panels(head, head.vocabulary, item, device, copies=1)
-    cuda = torch.device(device).type == "cuda"
+        logits = tokens * head.vocabulary * (item * (1 + backward) + FULL)
+        return logits + _panel(head, head.vocabulary, item)
     rows, width = min(tokens, TILE_TOKENS), min(head.vocabulary, TILE_VOCABULARY)
-    tile = rows * TILE_VOCABULARY * item
-    # The gradient of the hidden states in float32, then once more in their dtype.
-    gradient = tokens * head.hidden * (4 + item)
-    copy = tokens * head.hidden * item  # of the hidden states that are scored
-    # A panel is bound to its name while the next one is made, hence two at a time.
-    panels = _panels(head, width, item, device, copies=2 if head.vocabulary > width else 1)
-    if cuda:
-        return copy + gradient + tile + panels
-    folded = rows * width * FOLDED
-    widened = 0 if item == 4 else 4 * (rows * width + width * head.hidden)
-    return copy + gradient + tile + max(folded, widened) + panels
+    taken = tokens * head.hidden * item + rows * TILE_VOCABULARY * item  # what is scored; a tile
+    if backward:  # the gradient of the hidden states in float32, then once more in their dtype
+        taken += tokens * head.hidden * (4 + item)
+    # In the backward a panel is bound to its name while the next one is made, hence two at a time.
+    taken += (2 if backward and head.vocabulary > width else 1) * _panel(head, width, item)
+    if torch.device(device).type == "cuda":
+        return taken
+    folded = rows * width * (FOLDED if backward else FOLDED_FORWARD)
+    widened = 0 if item == 4 or not backward else 4 * width * (rows + head.hidden)
+    panel = panel_rows(width, head.hidden, torch.device(device)) * head.hidden
+    unpacked = dequantize_scratch(panel, device) if head.packed else 0
+    return taken + max(folded, widened, unpacked)  # one after the other
 
 
-def _panels(head: HeadOfLoss, rows: int, item: int, device: str, *, copies: int) -> int:
-    """Bytes of the dense rows of a packed head; a dense head is read where it is."""
-    if not head.packed:
-        return 0
-    weights = rows * head.hidden
-    return copies * weights * item + dequantize_scratch(min(weights, 1 << 24), device)
+def _panel(head: HeadOfLoss, rows: int, item: int) -> int:
+    """Bytes of dense rows of a packed head; a dense head is read where it is."""
+    return rows * head.hidden * item if head.packed else 0

@@ -1,14 +1,16 @@
 """The peak of a training step, by part.
 
-A step has four moments that can be its peak: the loss, the backward of the last block (everything
-kept, the fewest gradients), that of the first block (the least kept, all gradients) and the
-optimizer's step. Weights, adapters and optimizer states are there in all of them. The figure is that
-of torch.cuda.max_memory_allocated on a GPU, without the CUDA context and the allocator's reserve
-(`budget.py`), and anonymous memory above the loaded libraries on a CPU.
+A step has a few moments that can be its peak: the loss, its backward, the backward of the last
+block (everything kept, the fewest gradients), that of the first block (the least kept, all
+gradients) and the optimizer's step. Weights, adapters and optimizer states are there in all of
+them. The figure is that of torch.cuda.max_memory_allocated on a GPU, without the CUDA context and
+the allocator's reserve (`budget.py`); on a CPU it is the tensors, those mapped from files included,
+without what the heap of the C library holds on to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -54,7 +56,7 @@ class TrainingSettings:
     """cuda or cpu."""
 
     def __post_init__(self) -> None:
-        known = {
+        known: Mapping[str, Collection[str]] = {
             "dtype": DTYPES,
             "optimizer": STATE_BYTES,
             "loss": KINDS,
@@ -93,7 +95,7 @@ class PeakMemory:
     other: int
     """Kept outside of the blocks: last norm, rotary tables, mask, ids."""
     moment: str
-    """When the peak is: "loss", "last block", "first block", "optimizer"."""
+    """When the peak is: a key of `_moments`."""
     host: int = 0
     """Bytes in host memory besides: an embedding that is kept there."""
 
@@ -181,9 +183,15 @@ def _moments(
     head = HeadOfLoss(
         vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
     )
-    logits = loss_bytes(
-        head, kind=settings.loss, tokens=settings.tokens, dtype=dtype, device=settings.device
-    )
+    before, after = (
+        loss_bytes(
+            head, kind=settings.loss, tokens=settings.tokens, dtype=dtype, device=settings.device,
+            backward=backward,
+        )
+        for backward in (False, True)
+    )  # fmt: skip
+    # Autocast keeps its 16-bit copies of the adapters until the forward, loss included, ends.
+    copies = dtype.itemsize * subject.adapter_parameters if settings.dtype != "fp32" else 0
 
     def moment(gradients: int, activations: int, logits: int = 0, other: int = other) -> dict:
         return {
@@ -193,7 +201,8 @@ def _moments(
     # The gradients of a block that is being differentiated are part of what it takes.
     rest = max(0, gradients - per_block)
     return {
-        "loss": moment(early, kept, logits),
+        "loss": moment(early, kept, before, other + copies),
+        "backward of the loss": moment(early, kept, after),
         "last block": moment(rest if early else 0, kept + cost.working),
         "first block": moment(rest, cost.kept + cost.working),
         "optimizer": moment(gradients, 0, 0, 0),

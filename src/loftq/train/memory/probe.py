@@ -3,8 +3,8 @@
 The model is built as it will be trained (packed layers, adapters, checkpointing, autocast), cut to
 one and to two blocks, and run forward and backward under a mode that counts live bytes. Nothing is
 computed or allocated. The difference of the two runs is what a block keeps for its backward; the
-peak above what was kept is what a block needs while it is computed again and differentiated. So each
-figure is what the code really does, for any architecture, and none is fitted.
+peak above what was kept is what a block needs while it is computed again and differentiated. So
+each figure is what the code really does, for any architecture, and none is fitted.
 
 Not seen by operators and counted here: the attention kernel's own buffers (`_Flash`), and the dense
 copy of a packed weight inside its linear layer (`dense_bytes`).
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from loftq.train.memory.subject import Subject, UnknownModel
 
 REFERENCE_SCRATCH = 9
 """Bytes that the plain PyTorch dequantization takes for each weight besides its result."""
+WALK = "loftq_walk"
+"""Name of the attention that is walked through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +110,8 @@ def _run(model: nn.Module, step: Step, live: LiveBytes) -> _Walked:
     trunk = model.get_base_model().base_model  # type: ignore[operator]
     shape = (step.batch_size, step.length)
     ids = torch.empty(shape, dtype=torch.long)
-    mask = None
-    if step.padded:
-        mask = torch.empty((step.batch_size, 1, step.length, step.length), dtype=torch.bool)
+    mask = torch.empty(shape, dtype=torch.long) if step.padded else None
+    live.ignore(*model.parameters(), *model.buffers())
     base = live.live
     with _autocast(step):
         hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -133,14 +135,15 @@ def _trained_model(subject: Subject, step: Step, blocks: int) -> nn.Module:
             if weight.rank:  # tables are looked up and are outside of what is walked
                 replace_layer(model, weight.info.module, weight.spec, builders=BUILDERS)
     model.to(step.dtype)
-    model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+    _attend_by_walk()
+    model.config._attn_implementation = WALK  # type: ignore[union-attr]
     adapted = [w for w in weights if w.rank]
     config = LoraConfig(
         r=max(w.rank for w in adapted),
         target_modules=[w.info.module for w in adapted],
         fan_in_fan_out=any(w.info.kind == "conv1d" for w in adapted),
     )
-    wrapped: nn.Module = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    wrapped: nn.Module = get_peft_model(model, config, low_cpu_mem_usage=True)
     if step.checkpointing:
         # A backward is a torch function, inside of which function modes are off.
         again = (contextlib.nullcontext(), _KernelAttention(step.device))
@@ -199,6 +202,39 @@ def _autocast(step: Step) -> Any:
     return torch.autocast("cpu", dtype=step.dtype)
 
 
+@cache
+def _attend_by_walk() -> None:
+    """Make WALK an attention of transformers: its "sdpa", decided without looking at values.
+
+    With real tensors "sdpa" makes no mask where no row is padded, which it cannot see in fake ones.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:  # the kernels that take a mask want all heads
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return out.transpose(1, 2).contiguous(), None
+
+    def mask(batch_size: int, *_: Any, attention_mask: Tensor | None = None, **__: Any) -> Any:
+        if attention_mask is None:
+            return None
+        length = attention_mask.shape[-1]
+        return torch.empty((batch_size, 1, length, length), dtype=torch.bool)
+
+    AttentionInterface.register(WALK, attend)
+    AttentionMaskInterface.register(WALK, mask)
+
+
 class _KernelAttention(TorchFunctionMode):
     """Attention as its fused kernels do it: the output and a log-sum-exp are kept, no scores."""
 
@@ -231,7 +267,7 @@ class _KernelAttention(TorchFunctionMode):
 
 
 class _Flash(torch.autograd.Function):
-    """The memory of a fused attention; q (batch, heads, length, width), k and v with fewer heads."""
+    """The memory of a fused attention: q (batch, heads, length, width), k and v of fewer heads."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, device: str) -> Tensor:
@@ -242,7 +278,7 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, _, _, _ = ctx.saved_tensors
         accumulator = None
         if torch.device(ctx.device).type == "cuda":

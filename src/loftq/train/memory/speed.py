@@ -1,8 +1,8 @@
 """A rough time per token, from the work in it; marked as an estimate wherever it is shown.
 
 A forward takes 2 operations per weight and token, a backward to the inputs 2, and with
-checkpointing the forward is done twice: 6 in all (4 without). Attention adds its scores, the adapters
-their share, and a packed weight is made dense once per pass, which short steps feel.
+checkpointing the forward is done twice: 6 in all (4 without). Attention adds its scores and the
+adapters their share; a packed weight is made dense once per pass, which short steps feel.
 """
 
 from __future__ import annotations

@@ -218,5 +218,5 @@ def _recorded(layer: dict[str, Any]) -> PackedWeight:
 
 def _without_config(model: nn.Module) -> nn.Module:
     """The model without the note that it is quantized: as built here it is dense."""
-    model.config.__dict__.pop("quantization_config", None)  # type: ignore[union-attr]
+    model.config.__dict__.pop("quantization_config", None)
     return model
