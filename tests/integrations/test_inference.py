@@ -56,7 +56,7 @@ def test_folded_layers_still_train_merge_and_copy(tokens):
         other = copy.deepcopy(model)
         with model.disable_adapter():
             plain = model(tokens).logits
-        assert (plain - wanted).abs().max() > 1e-2
+        assert (plain - wanted).abs().max() > 1e-3
         merged = other.merge_and_unload()
         assert (merged(tokens).logits - wanted).abs().max() <= MERGE_LOGITS
 

@@ -25,7 +25,9 @@ def permute(a: int, b: int, selector: int) -> int:
 
 def select(a: int, b: int, c: int, table: int) -> int:
     """LOP3: bit k of the table where (a, b, c) spell k."""
-    bits = [table >> (((a >> i & 1) << 2) | ((b >> i & 1) << 1) | (c >> i & 1)) & 1 for i in range(32)]
+    bits = [
+        table >> (((a >> i & 1) << 2) | ((b >> i & 1) << 1) | (c >> i & 1)) & 1 for i in range(32)
+    ]
     return sum(bit << i for i, bit in enumerate(bits))
 
 
@@ -45,7 +47,10 @@ def execute(asm: str, inputs: dict[str, int]) -> list[int]:
     registers, outputs = dict(inputs), {}
     for line in asm.strip("{}\n").split("\n")[1:]:
         if pair := re.fullmatch(r"mov\.b32 \{\$(\d+), \$(\d+)\}, p;", line):
-            outputs[int(pair[1])], outputs[int(pair[2])] = registers["p"] & 65535, registers["p"] >> 16
+            outputs[int(pair[1])], outputs[int(pair[2])] = (
+                registers["p"] & 65535,
+                registers["p"] >> 16,
+            )
             continue
         name, operands = line.rstrip(";").split(" ", 1)
         target, *sources = operands.split(", ")

@@ -106,6 +106,7 @@ class FakeTorch(SimpleNamespace):
     def __init__(self, *, native: bool, available: bool = True, cuda: str | None = "13.0") -> None:
         super().__init__(
             version=SimpleNamespace(cuda=cuda, hip=None),
+            device=lambda kind, index: f"{kind}:{index}",
             backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False)),
             cuda=SimpleNamespace(
                 is_available=lambda: available,
@@ -128,6 +129,18 @@ def test_a_gpu_is_named_with_its_memory_and_bfloat16(
     bfloat16 = names["gpu 0 bfloat16"]
     assert bfloat16.status == ("ok" if native else "warn")
     assert ("dtype=torch.float16" in bfloat16.advice) is not native
+
+
+@pytest.mark.parametrize("why", ["", "triton is not installed"])
+def test_a_gpu_without_kernels_is_a_warning_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr("loftq.ops.dispatch.why_no_kernels", lambda device: why)
+    monkeypatch.setitem(sys.modules, "torch", FakeTorch(native=True))
+    kernels = found(doctor())["gpu 0 kernels"]
+    assert kernels.status == ("warn" if why else "ok")
+    assert why in kernels.found
+    assert bool(kernels.advice) is bool(why)
 
 
 def test_a_cpu_build_beside_a_driver_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

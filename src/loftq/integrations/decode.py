@@ -1,8 +1,8 @@
 """Token by token from a static cache; on a GPU each step is one CUDA graph.
 
-A step of a 7B model launches over a thousand kernels of a few microseconds: launched one by one from
-Python they take ten times as long as they run. The graph is captured once, on the model as it is:
-adapters stay unmerged.
+A step of a 7B model launches over a thousand kernels of a few microseconds: launched one by one
+from Python they take ten times as long as they run. The graph is captured once, on the model as it
+is: adapters stay unmerged.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A stock PEFT layer runs the packed product, two small products, a scale and an addition, each a
 launch and a pass over the output. Here the layer keeps its class and its parameters and gets a
-`forward` of its own that calls one operator (ops.quant_linear_lora) whenever that computes the same:
-no gradient, one plain LoRA adapter, not merged. In any other case it runs PEFT's forward.
+`forward` of its own that calls one operator (ops.quant_linear_lora) whenever that computes the
+same: no gradient, one plain LoRA adapter, not merged. In any other case it runs PEFT's forward.
 """
 
 from __future__ import annotations

@@ -3,4 +3,11 @@
 from loftq.ops.reference import decode_scales, dynamic_map, unpack_codes
 from loftq.ops.schema import dequantize, quant_linear, quant_linear_lora
 
-__all__ = ["decode_scales", "dequantize", "dynamic_map", "quant_linear", "quant_linear_lora", "unpack_codes"]
+__all__ = [
+    "decode_scales",
+    "dequantize",
+    "dynamic_map",
+    "quant_linear",
+    "quant_linear_lora",
+    "unpack_codes",
+]

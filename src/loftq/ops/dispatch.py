@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loftq.ops.reference import PER_TENSOR
 
-MOST_TOKENS = 32
-"""Tokens up to which the packed product beat dequantize + BLAS on an H100 (docs/kernels.md)."""
+MOST_TOKENS = 64
+"""Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
 
 
 def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
@@ -79,19 +79,24 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     if not 0 < tokens <= MOST_TOKENS:
         return f"{tokens} tokens: above {MOST_TOKENS}, dequantize + BLAS is faster"
     if bits == 8 or (group_size > 0 and group_size % 64) or group_size == PER_TENSOR:
-        return f"{bits} bits in groups of {group_size}: the kernel holds 2 to 4 bits, groups of 64 up"
+        return f"{bits} bits, groups of {group_size}: the kernel holds 2 to 4 bits, groups of 64 up"
     if columns % 64:
         return f"in_features={columns} is not a multiple of 64"
     if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed bytes are cast, strided or not aligned to 16 bytes"
-    return why_no_triton(packed.device) or _why_no_permute(packed.device)
+    return why_no_kernels(packed.device)
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Reason that a device runs none or only some of the kernels; "" if a trial of each worked."""
+    return why_no_triton(device) or _why_no_permute(device)
 
 
 @lru_cache
 def _why_no_permute(device: torch.device) -> str:
-    """Reason that the decode by byte permutes cannot be used here; "" if a trial gave the levels."""
+    """Reason that the decode by byte permutes is not used here; "" if a trial came out right."""
     if torch.version.hip is not None:
-        return "byte permutes are NVIDIA's, and the portable decode is slower than dequantizing"
+        return "byte permutes are NVIDIA's, and the portable decode is untested on AMD GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "matrix instructions for bfloat16 need compute capability 8.0"
     from loftq.ops.triton.probe import levels_are_right

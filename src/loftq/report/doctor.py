@@ -53,13 +53,13 @@ class Check:
 
 
 def doctor(folder: Path | None = None) -> list[Check]:
-    """Check Python, packages, devices, disk and memory.
+    """Check Python, packages, devices and their kernels, disk and memory.
 
     Args:
         folder: where outputs would be written; None = the current folder.
     """
     checks: list[Check] = []
-    for look in (_python, _packages, _devices, lambda: _disk(folder), _memory, _extras):
+    for look in (_python, _packages, _devices, _kernels, lambda: _disk(folder), _memory, _extras):
         checks += _guarded(look)
     return checks
 
@@ -189,6 +189,25 @@ def _gpu(torch: Any, index: int) -> Iterator[Check]:
             found="not supported by this GPU",
             advice="quantizing is not affected; load with dtype=torch.float16 (loftq.load(OUT, "
             "dtype=torch.float16), loftq eval ... dtype=float16)",
+        )
+
+
+def _kernels() -> Iterator[Check]:
+    try:
+        import torch
+    except Exception:  # _devices has said so
+        return
+    if not torch.cuda.is_available():
+        return
+    from loftq.ops.dispatch import why_no_kernels
+
+    for index in range(torch.cuda.device_count()):
+        why = why_no_kernels(torch.device("cuda", index))
+        yield Check(
+            name=f"gpu {index} kernels",
+            status="warn" if why else "ok",
+            found=why or "a trial of each gave the right values",
+            advice="everything works, but weights are unpacked before each product" if why else "",
         )
 
 

@@ -1,11 +1,11 @@
 """PTX that turns packed codes into 16-bit levels: byte permutes instead of a table in memory.
 
-A unit is the codes of one machine word of a row: 8 codes of 4 bits, or 16 codes of 2 bits, or 16 of
-3 bits (a word of the 2-bit plane with a half word of the 1-bit plane). PRMT picks four of eight
-bytes by the nibbles of a selector. With the high and the low bytes of the levels in registers a code
-is such a nibble, and four codes cost a permute for the high bytes, one for the low bytes (twice that
-and a select by the fourth bit where there are 16 levels) and two that pair the bytes up. In all, per
-weight: 2.6 operations at 4 bits, 1.7 at 3 and 1.4 at 2.
+A unit is the codes of one machine word of a row: 8 codes of 4 bits, or 16 codes of 2 bits, or 16
+of 3 bits (a word of the 2-bit plane with a half word of the 1-bit plane). PRMT picks four of eight
+bytes by the nibbles of a selector. With the high and the low bytes of the levels in registers a
+code is such a nibble, and four codes cost a permute for the high bytes, one for the low bytes
+(twice that and a select by the fourth bit where there are 16 levels) and two that pair the bytes
+up. In all, per weight: 2.6 operations at 4 bits, 1.7 at 3 and 1.4 at 2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def level_asm(bits: int) -> str:
     """
     word, table = f"${UNIT[bits]}", UNIT[bits] + (2 if bits == 3 else 1)
     size = 4 if bits == 4 else 2
-    words = tuple([f"${table + half * size + i}" for i in range(size)] for half in (0, 1))
+    high, low = ([f"${table + half * size + i}" for i in range(size)] for half in (0, 1))
+    words = (high, low)
     lines = [".reg .b32 a, b, c, d, e, h, l, m, p, s;"]
     lines += _nibbles(word, words) if bits == 4 else _planes(bits, word, words)
     return "{\n" + "\n".join(lines) + "\n}"

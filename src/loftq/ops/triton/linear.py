@@ -1,12 +1,13 @@
+# mypy: disable-error-code="assignment,unreachable"
 """y = x W^T + s (x A^T) B^T for at most 64 tokens, from the packed bytes (schema.quant_linear).
 
-Reads the stored layout (ops/reference.py) once: bound by memory below about 8 tokens on paper, by
-the decoding in practice (docs/kernels.md has the bounds and the measured rows). How it works:
+Reads the stored layout (ops/reference.py) once. The bound it aims for is memory; what it meets
+first is the integer units, which decode (docs/kernels.md: bounds and measured rows). How it works:
 
-- The weights are the left operand of the matrix instruction, so that they stay in the registers they
-  were decoded in. A tile is 64 columns; a warp takes tiles of its own (the batch dimension of the
-  product), so warps meet only once, when their partial sums are added in a fixed order. There are no
-  atomics, and results are the same on every run.
+- The weights are the left operand of the matrix instruction, so that they stay in the registers
+  they were decoded in. A tile is 64 columns; a warp takes tiles of its own (the batch dimension of
+  the product), so warps meet only once, when their partial sums are added in a fixed order. There
+  are no atomics, and results are the same on every run.
 - Columns may be summed in any order if x has the same one. Place p of a tile (bits, high to low:
   g j q1 q0 i l) holds column 16 q + 8 g + 4 i + 2 j + l: lane q of a row then owns 16 neighbouring
   columns, which are one load of words and one of x. All tensors below are indexed by these
@@ -142,8 +143,10 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
         b5 = b[None, None, :, None, None]
         # Each lane loads the table itself: in a uniform register every use would cost a move.
         tp = table_ptr + q5
-        table = (tl.load(tp), tl.load(tp + 4), tl.load(tp + 8), tl.load(tp + 12),
-                 tl.load(tp + 16), tl.load(tp + 20), tl.load(tp + 24), tl.load(tp + 28))  # fmt: skip
+        table = (
+            tl.load(tp), tl.load(tp + 4), tl.load(tp + 8), tl.load(tp + 12),
+            tl.load(tp + 16), tl.load(tp + 20), tl.load(tp + 24), tl.load(tp + 28),
+        )  # fmt: skip
         # Words by (q, r, B, h, g): row 8 h + r, tile B, word G q + g of the tile.
         word_row = first_row + r8[None, :, None, None, None]
         word_row = word_row + 8 * tl.arange(0, H)[None, None, None, :, None]
@@ -225,9 +228,7 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             )  # fmt: skip
             acc += tl.dot(weight.to(TYPE), x)
     if LORA:
-        acc = _lora(
-            acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
-        )
+        acc = _lora(acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE)
     y = tl.sum(acc, 0)  # (ROWS, TOKENS)
     place = y_ptr + token[None, :].to(tl.int64) * rows + row_out[:, None]
     tl.store(place, y.to(TYPE), (row_out < rows)[:, None] & (token < tokens)[None, :])
@@ -275,7 +276,7 @@ class Launch:
     """Tiles whose words are on their way while one is decoded."""
 
 
-def choose_launch(tokens: int, out_features: int, in_features: int) -> Launch:
+def choose_launch(bits: int, tokens: int, out_features: int) -> Launch:
     """The fastest launch found on an H100 (docs/kernels.md); elsewhere untested, but right."""
     wide = out_features >= 8192
     if tokens > 16:
@@ -286,7 +287,7 @@ def choose_launch(tokens: int, out_features: int, in_features: int) -> Launch:
         return Launch(batch=4, rows=16, tokens=16, ahead=4)
     if wide:
         return Launch(batch=4, rows=32, tokens=8, ahead=4)
-    return Launch(batch=4 if in_features > 8192 else 8, rows=16, tokens=8, ahead=4)
+    return Launch(batch=4 if bits == 4 else 8, rows=16, tokens=8, ahead=4)
 
 
 def small_linear(
@@ -314,7 +315,7 @@ def small_linear(
     """
     x = x.contiguous()
     (tokens, columns), rows = x.shape, packed.shape[0]
-    launch = launch or choose_launch(tokens, rows, columns)
+    launch = launch or choose_launch(bits, tokens, rows)
     minus = 0.0 if zero is not None else default_zero
     values = tuple(levels) or tuple(code - minus for code in range(2**bits))
     table, codebook, words = _tables(values, x.dtype, x.device)

@@ -1,4 +1,4 @@
-"""A trial of the few-token product: the layouts it counts on are Triton's choice, so they are checked.
+"""A trial of the few-token product: assembly and layouts are checked on the machine itself.
 
 One 16 x 64 weight a width, whose rows hold every code, against the portable decode.
 """
