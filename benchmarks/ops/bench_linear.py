@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -119,12 +119,14 @@ def kernel(x: Tensor, packed: Packed) -> Tensor:
 
 def folded(rank: int, x: Tensor, packed: Packed) -> Tensor:
     """The few-token product with an adapter in it."""
-    key = (x.shape[1], packed.tensors[0].shape[0], rank)  # type: ignore[union-attr]
-    A, B = _ADAPTERS.setdefault(key, (_small(rank, key[0]), _small(key[1], rank)))
+    A, B = random_adapter(packed.tensors[0].shape[0], x.shape[1], rank)  # type: ignore[union-attr]
     return small_linear(x, *packed.tensors, *packed.layout, A, B, 1.0)
 
 
-_ADAPTERS: dict[tuple, tuple[Tensor, Tensor]] = {}
+@lru_cache
+def random_adapter(rows: int, columns: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Made at the first call, outside any graph."""
+    return _small(rank, columns), _small(rows, rank)
 
 
 def _small(*shape: int) -> Tensor:

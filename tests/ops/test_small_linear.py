@@ -125,6 +125,17 @@ def test_portable_decode_on_the_gpu(poisoned):
         problem.check(small_linear(problem.x, *problem.packed, portable=True))
 
 
+def test_the_operator_tells_the_dispatcher_of_a_gradient(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "loftq.ops.schema.small_linear_kernel", lambda x, *rest: seen.append(x.requires_grad)
+    )
+    problem = Problem("nf4", 8, 64, 2, torch.float32, "cpu")
+    quant_linear(problem.x, *problem.packed)
+    quant_linear(problem.x.clone().requires_grad_(), *problem.packed)
+    assert seen == [False, True]
+
+
 def test_the_dispatcher_says_why_a_weight_is_dequantized():
     packed = torch.zeros(2, 32, dtype=torch.uint8)
     x = torch.zeros(3, 64, dtype=torch.bfloat16)

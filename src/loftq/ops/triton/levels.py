@@ -11,6 +11,7 @@ up. In all, per weight: 2.6 operations at 4 bits, 1.7 at 3 and 1.4 at 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def level_words(levels: Sequence[float], dtype: torch.dtype) -> Tensor:
     return low_high.flip(0).flatten()
 
 
+@lru_cache
 def level_asm(bits: int) -> str:
     """PTX from a unit and the words of its table to one 16-bit register a code, in order.
 

@@ -35,7 +35,6 @@ from loftq.ops.reference import SCALE_DTYPES, dynamic_map, view_bytes
 from loftq.ops.triton.bits import decode_scale, unpack_at
 from loftq.ops.triton.levels import level_asm, level_words
 
-TILE = 64  # columns that share a scale in the fast decode
 PARTS = 8  # partial sums of x A^T along in_features
 
 _FOUR = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 9))
