@@ -1,4 +1,4 @@
-"""The few-token product against float64: its portable decode interpreted, its fast one on a GPU.
+"""The few-token product against float64: interpreted here, compiled on a GPU.
 
 The interpreter needs its variable before Triton is imported, hence a process of its own. It
 computes products of float16 rightly, of bfloat16 not.
@@ -23,6 +23,10 @@ PORTABLE = (
     ("nf4", 33, 256, 3), ("nf3", 17, 37, 1), ("nf2-g16-f16", 20, 63, 9), ("int4-g32", 33, 256, 3),
     ("int3-bf16", 33, 65, 17), ("sint8-channel", 5, 512, 1), ("iq4nl", 7, 1, 1),
     ("nf4", 2, 4097, 2),
+)  # fmt: skip
+INTERPRETED = (
+    ("nf4", 33, 256, 3), ("nf3", 17, 320, 9), ("nf2-f16", 40, 128, 1), ("int4", 33, 1152, 2),
+    ("int3-g128-bf16", 7, 192, 17), ("sint2-channel", 5, 64, 1),
 )  # fmt: skip
 FAST = (
     "nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f16", "nf2-channel-bf16", "snf3-g128", "even4",
@@ -69,9 +73,24 @@ def check_portable():
         problem.check(y, adapter=True)
 
 
-def test_portable_decode_is_as_exact_as_the_dense_product_interpreted():
+def check_fast():
+    """The assembly in numpy, and both orders of places that Triton's versions ask for."""
+    import ptx
+    from loftq.ops.triton import linear
+
+    ptx.teach_triton()
+    for linear.OPERAND_WIDTH in (4, 2):
+        for name, rows, columns, tokens in INTERPRETED:
+            problem = Problem(name, rows, columns, tokens, torch.float16, "cpu")
+            problem.check(linear.small_linear(problem.x, *problem.packed))
+            y = linear.small_linear(problem.x, *problem.packed, *problem.adapter)
+            problem.check(y, adapter=True)
+
+
+@pytest.mark.parametrize("check", ["check_portable", "check_fast"])
+def test_the_product_is_as_exact_as_the_dense_one_interpreted(check):
     pytest.importorskip("triton", reason="needs triton")
-    code = "import test_small_linear as t; t.check_portable(); print('exact')"
+    code = f"import test_small_linear as t; t.{check}(); print('exact')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(

@@ -9,10 +9,11 @@ first is the integer units, which decode (docs/kernels.md: bounds and measured r
   the product), so warps meet only once, when their partial sums are added in a fixed order. There
   are no atomics, and results are the same on every run.
 - Columns may be summed in any order if x has the same one. Place p of a tile (bits, high to low:
-  g j q1 q0 i l) holds column 16 q + 8 g + 4 i + 2 j + l: lane q of a row then owns 16 neighbouring
-  columns, which are one load of words and one of x. All tensors below are indexed by these
-  coordinates, so the layout that Triton gives a load is the operand's, and nothing moves between
-  threads. `apart` hides from it that lanes' addresses follow each other: it would join them up.
+  g j q1 q0 i l; with OPERAND_WIDTH 2, g i j q1 q0 l) holds column 16 q + 8 g + 4 i + 2 j + l: lane
+  q of a row then owns 16 neighbouring columns, which are one load of words and one of x. Loads are
+  indexed by these coordinates, lanes fastest, so the layout that Triton gives them is the
+  operand's, and nothing moves between threads. `apart` hides from it that lanes' addresses follow
+  each other: it would join them up.
 - Levels are exact in x's dtype or rounded to it; scales are applied in float32 to the sums of a
   tile, zeros by the sum of x.
 
@@ -35,6 +36,8 @@ from loftq.ops.reference import SCALE_DTYPES, dynamic_map, view_bytes
 from loftq.ops.triton.bits import decode_scale, unpack_at
 from loftq.ops.triton.levels import level_asm, level_words
 
+OPERAND_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+"""Neighbouring places of a row in one lane: what Triton chooses for operands that were joined."""
 PARTS = 8  # partial sums of x A^T along in_features
 
 _FOUR = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 9))
@@ -50,16 +53,25 @@ def _fold(o0, o1, o2, o3, o4, o5, o6, o7):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _decode(word, high, t, BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Levels (B, ROWS, 64) of words (q, r, B, h, g), in the order of places."""
+def _decode(  # type: ignore[no-untyped-def]
+    word, high, t,
+    BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.constexpr, WIDTH: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Levels (BATCH, ROWS, 64) of words (h b r q, g), in the order of places."""
+    H: tl.constexpr = ROWS // 8
     if BITS == 4:
         o = tl.inline_asm_elementwise(
             ASM, _FOUR, [word, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=1,
         )  # fmt: skip
-        levels = _fold(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])  # (q, r, B, h, g, j, l, i)
-        levels = tl.permute(levels, (2, 3, 1, 4, 5, 0, 7, 6))
+        levels = _fold(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])
+        levels = tl.reshape(levels, (H, BATCH, 8, 4, 2, 2, 2, 2))  # (h, b, r, q, g, j, l, i)
+        if WIDTH == 4:
+            levels = tl.permute(levels, (1, 0, 2, 4, 5, 3, 7, 6))
+        else:
+            levels = tl.permute(levels, (1, 0, 2, 4, 7, 5, 3, 6))
     else:
         if BITS == 3:
             o = tl.inline_asm_elementwise(
@@ -79,11 +91,13 @@ def _decode(word, high, t, BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.const
             )  # fmt: skip
         lower = _fold(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])
         upper = _fold(o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15])
-        levels = tl.join(lower, upper)  # (q, r, B, h, 1, j, l, i, g)
-        levels = tl.permute(levels, (2, 3, 1, 4, 8, 5, 0, 7, 6))
-    B: tl.constexpr = word.shape[2]
-    ROWS: tl.constexpr = word.shape[1] * word.shape[3]
-    return tl.reshape(levels, (B, ROWS, 64)).to(TYPE, bitcast=True)
+        levels = tl.join(lower, upper)
+        levels = tl.reshape(levels, (H, BATCH, 8, 4, 2, 2, 2, 2))  # (h, b, r, q, j, l, i, g)
+        if WIDTH == 4:
+            levels = tl.permute(levels, (1, 0, 2, 7, 4, 3, 6, 5))
+        else:
+            levels = tl.permute(levels, (1, 0, 2, 7, 6, 4, 3, 5))
+    return tl.reshape(levels, (BATCH, ROWS, 64)).to(TYPE, bitcast=True)
 
 
 @triton.jit
@@ -118,7 +132,7 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
     table_ptr, ax_ptr, b_ptr, y_ptr,
     tokens, rows, columns, groups, row_bytes, zero_row_bytes, rank, apart,
     BITS: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr, ZEROS: tl.constexpr,
-    ASM: tl.constexpr, LORA: tl.constexpr, PARTS: tl.constexpr,
+    ASM: tl.constexpr, WIDTH: tl.constexpr, LORA: tl.constexpr, PARTS: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -136,30 +150,27 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
     tiles = tl.cdiv(columns, 64)
     acc = tl.zeros((BATCH, ROWS, TOKENS), tl.float32)
     if ASM != "":
-        q4 = tl.arange(0, 4)
-        r8 = tl.arange(0, 8)
-        q5 = q4[:, None, None, None, None] * apart
-        b5 = b[None, None, :, None, None]
+        # Words by (h b r q, g): row 8 h + r, tile b, word G q + g of the tile.
+        e = tl.arange(0, 32 * BATCH * H)
+        q = e % 4 * apart
+        b5 = (e // 32 % BATCH)[:, None]
+        word_row = first_row + e // (32 * BATCH) * 8 + e // 4 % 8
+        word_row = tl.minimum(word_row, rows - 1).to(tl.int64) * row_bytes
+        unit = (q * G)[:, None] + tl.arange(0, G)[None, :] + b5 * (64 // UNIT)
+        wp = word_ptr + (word_row[:, None] // 4 + unit)
+        hp = high_ptr + ((word_row[:, None] + columns // 4) // 2 + unit)
         # Each lane loads the table itself: in a uniform register every use would cost a move.
-        tp = table_ptr + q5
+        tp = table_ptr + q[:, None]
         table = (
             tl.load(tp), tl.load(tp + 4), tl.load(tp + 8), tl.load(tp + 12),
             tl.load(tp + 16), tl.load(tp + 20), tl.load(tp + 24), tl.load(tp + 28),
         )  # fmt: skip
-        # Words by (q, r, B, h, g): row 8 h + r, tile B, word G q + g of the tile.
-        word_row = first_row + r8[None, :, None, None, None]
-        word_row = word_row + 8 * tl.arange(0, H)[None, None, None, :, None]
-        word_row = tl.minimum(word_row, rows - 1).to(tl.int64) * row_bytes
-        unit = q5 * G + tl.arange(0, G)[None, None, None, None, :] + b5 * (64 // UNIT)
-        wp = word_ptr + (word_row // 4 + unit)
-        hp = high_ptr + ((word_row + columns // 4) // 2 + unit)
-        # x by (q, t, B, s, g, 4 i + 2 j + l): token 8 s + t.
-        b6 = b[None, None, :, None, None, None]
-        x_token = first_token + r8[None, :, None, None, None, None]
-        x_token = x_token + 8 * tl.arange(0, S)[None, None, None, :, None, None]
-        x_column = (q4 * (16 * apart))[:, None, None, None, None, None] + b6 * 64
-        x_column = x_column + 8 * tl.arange(0, 2)[None, None, None, None, :, None]
-        x_column = x_column + tl.arange(0, 8)[None, None, None, None, None, :]
+        # x by (g s b t q, 4 i + 2 j + l): token 8 s + t.
+        e = tl.arange(0, 64 * BATCH * S)
+        b6 = (e // 32 % BATCH)[:, None]
+        x_token = (first_token + e // (32 * BATCH) % S * 8 + e // 4 % 8)[:, None]
+        x_column = (e % 4 * (16 * apart) + e // (32 * BATCH * S) * 8)[:, None] + b6 * 64
+        x_column = x_column + tl.arange(0, 8)[None, :]
         xp = x_ptr + (x_token.to(tl.int64) * columns + x_column)
         offset = tl.load(nested_ptr)
         words, highs, codes = (), (), ()
@@ -185,10 +196,14 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
                 next_codes = next_codes + (code,)
                 live = (b6 + (start + d * BATCH) < tiles) & (x_token < tokens)
                 x = tl.load(xp + d * (BATCH * 64), live, 0.0)
-                x = tl.reshape(x, (4, 8, BATCH, S, 2, 2, 2, 2))  # (q, t, B, s, g, i, j, l)
-                x = tl.permute(x, (2, 4, 6, 0, 5, 7, 3, 1))
+                x = tl.reshape(x, (2, S, BATCH, 8, 4, 2, 2, 2))  # (g, s, b, t, q, i, j, l)
+                if WIDTH == 4:
+                    x = tl.permute(x, (2, 0, 6, 4, 5, 7, 1, 3))
+                else:
+                    x = tl.permute(x, (2, 0, 5, 6, 4, 7, 1, 3))
                 x = tl.reshape(x, (BATCH, 64, TOKENS))
-                part = tl.dot(_decode(words[d], highs[d], table, BITS, ASM, TYPE), x)
+                weight = _decode(words[d], highs[d], table, BITS, ASM, TYPE, WIDTH, BATCH, ROWS)
+                part = tl.dot(weight, x)
                 at = row[None, :] * groups + _tile_group(tile, groups, GROUP)[:, None]
                 if NESTED:
                     absmax = tl.load(nested_ptr + 1 + at // 256)
@@ -341,9 +356,9 @@ def small_linear(
             tokens, rows, columns, scales.shape[-1], packed.shape[1],
             0 if zero is None else zero.shape[1], rank, 1,
             BITS=bits, GROUP=group_size, NESTED=nested is not None, ZEROS=zero is not None,
-            ASM="" if portable else level_asm(bits), LORA=lora_B is not None, PARTS=PARTS,
-            BATCH=launch.batch, ROWS=launch.rows, TOKENS=launch.tokens, AHEAD=launch.ahead,
-            num_warps=launch.batch,
+            ASM="" if portable else level_asm(bits), WIDTH=OPERAND_WIDTH,
+            LORA=lora_B is not None, PARTS=PARTS, BATCH=launch.batch, ROWS=launch.rows,
+            TOKENS=launch.tokens, AHEAD=launch.ahead, num_warps=launch.batch,
         )  # fmt: skip
     return y
 
