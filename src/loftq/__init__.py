@@ -20,6 +20,8 @@ from loftq.integrations import _hook
 if TYPE_CHECKING:
     from loftq.api import export, greedy_adapter, load, plan, quantize, quantize_model
     from loftq.formats import FormatSpec, QuantizedTensor, parse_format
+    from loftq.integrations.decode import GraphDecoder
+    from loftq.integrations.inference import prepare_for_inference
     from loftq.methods import METHODS
     from loftq.train.prepare import prepare_for_training
     from loftq.train.run import train
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "FormatSpec",
+    "GraphDecoder",
     "QuantizedTensor",
     "__version__",
     "export",
@@ -36,6 +39,7 @@ __all__ = [
     "load",
     "parse_format",
     "plan",
+    "prepare_for_inference",
     "prepare_for_training",
     "quantize",
     "quantize_model",
@@ -45,12 +49,14 @@ __all__ = [
 _HOME = {
     "METHODS": "loftq.methods",
     "FormatSpec": "loftq.formats",
+    "GraphDecoder": "loftq.integrations.decode",
     "QuantizedTensor": "loftq.formats",
     "export": "loftq.api",
     "greedy_adapter": "loftq.api",
     "load": "loftq.api",
     "parse_format": "loftq.formats",
     "plan": "loftq.api",
+    "prepare_for_inference": "loftq.integrations.inference",
     "prepare_for_training": "loftq.train.prepare",
     "quantize": "loftq.api",
     "quantize_model": "loftq.api",

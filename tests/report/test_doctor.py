@@ -146,6 +146,7 @@ class FakeTorch(SimpleNamespace):
     def __init__(self, *, native: bool, available: bool = True, cuda: str | None = "13.0") -> None:
         super().__init__(
             version=SimpleNamespace(cuda=cuda, hip=None),
+            device=lambda kind, index: f"{kind}:{index}",
             backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False)),
             cuda=SimpleNamespace(
                 is_available=lambda: available,
@@ -171,21 +172,15 @@ def test_a_gpu_is_named_with_its_memory_and_bfloat16(
 
 
 @pytest.mark.parametrize("why", ["", "triton is not installed"])
-def test_a_gpu_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    from loftq.ops import dispatch
-
-    torch = FakeTorch(native=True)
-    torch.device = lambda kind, index: f"{kind}:{index}"
-    torch.cuda.get_device_capability = lambda index: (9, 0)
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(dispatch, "why_no_triton", lambda device: why)
-    (kernels,) = module._kernels()
-    assert kernels.name == "gpu 0 kernels"
-    if why:
-        assert (kernels.status, kernels.found) == ("warn", f"plain PyTorch: {why}")
-        assert kernels.advice
-    else:
-        assert (kernels.status, kernels.found) == ("ok", "Triton, compute capability 9.0")
+def test_a_gpu_without_kernels_is_a_warning_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr("loftq.ops.dispatch.why_no_kernels", lambda device: why)
+    monkeypatch.setitem(sys.modules, "torch", FakeTorch(native=True))
+    kernels = found(doctor())["gpu 0 kernels"]
+    assert kernels.status == ("warn" if why else "ok")
+    assert why in kernels.found
+    assert bool(kernels.advice) is bool(why)
 
 
 def test_a_cpu_build_beside_a_driver_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

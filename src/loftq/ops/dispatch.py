@@ -11,6 +11,9 @@ from torch import Tensor
 
 from loftq.ops.reference import PER_TENSOR
 
+MOST_TOKENS = 64
+"""Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
+
 
 def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """The Triton scale search where it applies to rows `x`, else None for plain PyTorch."""
@@ -53,6 +56,56 @@ def why_no_dequantize_kernel(packed: Tensor, group_size: int) -> str:
     if group_size == PER_TENSOR:
         return "one scale for the whole tensor, which no kernel holds"
     return why_no_triton(packed.device)
+
+
+def small_linear_kernel(
+    x: Tensor, packed: Tensor, bits: int, group_size: int
+) -> Callable[..., Tensor] | None:
+    """The few-token product from packed bytes where it applies, else None for dequantize + BLAS."""
+    if why_no_small_linear(x, packed, bits, group_size):
+        return None
+    from loftq.ops.triton.linear import small_linear
+
+    return small_linear
+
+
+def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -> str:
+    """Reason that x (..., in_features) meets a dequantized weight in BLAS; "" if it does not."""
+    tokens, columns = x.shape[:-1].numel(), x.shape[-1]
+    if x.requires_grad:
+        return "a gradient is asked for: forward and backward read one dequantized weight"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
+    if not 0 < tokens <= MOST_TOKENS:
+        return f"{tokens} tokens: above {MOST_TOKENS}, dequantize + BLAS is faster"
+    if bits == 8 or (group_size > 0 and group_size % 64) or group_size == PER_TENSOR:
+        return f"{bits} bits, groups of {group_size}: the kernel holds 2 to 4 bits, groups of 64 up"
+    if columns % 64:
+        return f"in_features={columns} is not a multiple of 64"
+    if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
+        return "the packed bytes are cast, strided or not aligned to 16 bytes"
+    return why_no_kernels(packed.device)
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Reason that a device runs none or only some of the kernels; "" if a trial of each worked."""
+    return why_no_triton(device) or _why_no_permute(device)
+
+
+@lru_cache
+def _why_no_permute(device: torch.device) -> str:
+    """Reason that the decode by byte permutes is not used here; "" if a trial came out right."""
+    if torch.version.hip is not None:
+        return "byte permutes are NVIDIA's, and the portable decode is untested on AMD GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "matrix instructions for bfloat16 need compute capability 8.0"
+    from loftq.ops.triton.probe import levels_are_right
+
+    try:
+        right = levels_are_right(device)
+    except Exception as error:  # a compiler that refuses the assembly: anything is raised
+        return f"the kernel does not compile here: {str(error).strip().splitlines()[0]}"
+    return "" if right else "a trial of the kernel gave wrong values with this Triton: report it"
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq.ops.dispatch import dequantize_kernel
+from loftq.ops.dispatch import dequantize_kernel, small_linear_kernel
 from loftq.ops.panels import Packed, add_product_, panel_rows, panels
 from loftq.ops.reference import dequantize_reference
 
@@ -85,9 +85,16 @@ def quant_linear(
 ) -> Tensor:
     """x @ W^T for a packed W: (..., in_features) -> (..., out_features) in x's dtype.
 
-    The weight is dequantized to x's dtype; the gradient flows to x only, and backward dequantizes
-    again instead of keeping the weight. A large weight is taken by panels of rows (ops/panels.py).
+    A few tokens without gradient meet the packed bytes (dispatch.why_no_small_linear says when);
+    else the weight is dequantized to x's dtype, a large one by panels of rows (ops/panels.py). The
+    gradient flows to x only, and backward dequantizes again instead of keeping the weight.
     """
+    if run := small_linear_kernel(x, packed, bits, group_size):
+        y = run(
+            x.reshape(-1, x.shape[-1]), packed, scale, zero, nested, bits, group_size,
+            scale_coding, levels, default_zero,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], packed.shape[0])
     weight = Packed(
         packed, scale, zero, nested, x.shape[-1], bits, group_size, scale_coding, levels,
         default_zero,
@@ -114,6 +121,61 @@ def _(
     scale_coding: str,
     levels: Sequence[float],
     default_zero: float,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("loftq::quant_linear_lora", mutates_args=())
+def quant_linear_lora(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """x @ W^T + scaling * (x @ A^T) @ B^T in x's dtype; for inference, it has no gradient.
+
+    Args:
+        x: (..., in_features); the other tensors of W as in `quant_linear`.
+        lora_A: (rank, in_features), any float dtype; used in x's.
+        lora_B: (out_features, rank), likewise.
+        scaling: alpha / rank, or alpha / sqrt(rank).
+    """
+    layout = (bits, group_size, scale_coding, levels, default_zero)
+    if run := small_linear_kernel(x, packed, bits, group_size):
+        y = run(
+            x.reshape(-1, x.shape[-1]), packed, scale, zero, nested, *layout, lora_A, lora_B,
+            scaling,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], packed.shape[0])
+    y = quant_linear(x, packed, scale, zero, nested, *layout)
+    linear = torch.nn.functional.linear
+    return y + scaling * linear(linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+
+
+@quant_linear_lora.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    nested: Tensor | None,
+    bits: int,
+    group_size: int,
+    scale_coding: str,
+    levels: Sequence[float],
+    default_zero: float,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 

@@ -1,0 +1,121 @@
+"""Milliseconds per token of a Llama-2-7B shape: packed with unmerged adapters against bf16.
+
+    python benchmarks/ops/bench_decode.py [--formats bf16 nf4 nf3 nf2] [--rank 64] [--context 1024]
+        [--batch 1] [--layers 32]
+
+Every row decodes greedily from transformers' static cache, one CUDA graph a step
+(loftq.integrations.decode); `stock` is the same without `prepare_for_inference`. Weights are
+random: speed does not depend on them. bf16 is the dense model without adapter. Median, p20 and p80
+of the steps between events, the next token chosen on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from loftq.formats import component_shapes, parse_format
+from loftq.integrations.decode import GraphDecoder
+from loftq.integrations.inference import prepare_for_inference
+from loftq.nn import QuantLinear
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def random_layer(shape: tuple[int, int], name: str) -> QuantLinear:
+    """Uniform codes under small scales."""
+    rows, columns = shape
+    layer = QuantLinear(
+        columns, rows, parse_format(name), bias=False, dtype=torch.bfloat16, device="cuda"
+    )
+    for part, size in component_shapes(layer.spec, shape).items():
+        stored = torch.randint(0, 256, size, dtype=torch.uint8, device="cuda")
+        if part == "weight_nested":
+            constants = 1e-3 * torch.rand(size[0] // 4, dtype=torch.float32, device="cuda")
+            constants[0] = 0.02
+            stored = constants.view(torch.uint8)
+        getattr(layer, part).data = stored
+    return layer
+
+
+def make_model(name: str, layers: int, rank: int) -> nn.Module:
+    """A Llama-2-7B shape with random weights; packed ones get a random adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=32, vocab_size=32000,
+        max_position_embeddings=4096, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if name == "bf16" else "meta"):
+        model = LlamaForCausalLM(config).eval()
+    if name != "bf16":
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and path.rsplit(".", 1)[-1] in TARGETS:
+                model.set_submodule(path, random_layer(tuple(module.weight.shape), name))
+        for module in model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.is_meta:
+                    filled = 0.02 * torch.randn(parameter.shape, device="cuda")
+                    module._parameters[key] = nn.Parameter(filled.bfloat16(), requires_grad=False)
+        with torch.device("cuda"):  # its buffers are computed, not drawn
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        options = LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False)
+        model = get_peft_model(model, options).eval().to("cuda", torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def step_times(model: nn.Module, batch: int, context: int, steps: int) -> tuple[float, ...]:
+    """(median, p20, p80) milliseconds of a decoding step after `context` tokens."""
+    decoder = GraphDecoder(model, batch=batch, max_length=context + steps + 8)  # type: ignore[arg-type]
+    token = decoder.prefill(torch.randint(0, 32000, (batch, context))).argmax(-1)
+    for _ in range(5):
+        token = decoder.step(token).argmax(-1)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        token = decoder.step(token).argmax(-1)
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
+    return times[steps // 2], times[steps // 5], times[-steps // 5]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--formats", nargs="+", default=["bf16", "nf4", "nf3", "nf2"])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=50)
+    args = parser.parse_args()
+    print("| weights | adapter | layers | batch | ms/token | p20 | p80 | allocated, GB |")
+    print("|---|---|---|--:|--:|--:|--:|--:|", flush=True)
+    for name in args.formats:
+        for kind in ("dense",) if name == "bf16" else ("stock", "folded"):
+            model = make_model(name, args.layers, args.rank)
+            if kind == "folded":
+                assert not prepare_for_inference(model).left
+            allocated = torch.cuda.memory_allocated() / 1e9
+            times = step_times(model, args.batch, args.context, args.steps)
+            adapter = "none" if name == "bf16" else f"r={args.rank}"
+            numbers = " | ".join(f"{t:.2f}" for t in times)
+            print(
+                f"| {name} | {adapter} | {kind} | {args.batch} | {numbers} | {allocated:.1f} |",
+                flush=True,
+            )
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
