@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shapes import random_model, subject, with_adapter
-from step import has_fused_head, train_steps
+from step import train_steps
 
 from loftq.train.memory.predict import TrainingSettings, predict
 from loftq.train.prepare import add_fused_head
@@ -153,8 +153,8 @@ def _subject(shape: str, **options: Any) -> Any:
 
 def _settings(adapted: Any, length: int, device: str) -> TrainingSettings:
     settings = TrainingSettings(length=length, device=device)
-    add_fused_head(adapted.get_base_model())
-    return settings if has_fused_head(adapted) else replace(settings, loss="full")
+    fused = add_fused_head(adapted.get_base_model())
+    return settings if fused else replace(settings, loss="full")
 
 
 def _guarded(cell: Any, row: str) -> str:

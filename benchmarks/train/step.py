@@ -23,11 +23,6 @@ class Trained:
     seconds: list[float] = field(default_factory=list)
 
 
-def has_fused_head(model: nn.Module) -> bool:
-    """Whether TRL's loss is in place; without it the loss holds all logits."""
-    return "_fused_forward" in model.get_base_model().forward.__qualname__  # type: ignore[operator]
-
-
 def train_steps(model: Any, settings: TrainingSettings, steps: int, *, device: str) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
 

@@ -56,5 +56,13 @@ def add_fused_head(base: nn.Module) -> bool:
         return False
     if getattr(base, "get_output_embeddings", lambda: None)() is None:
         return False
-    add_fused_lm_head(base)
+    if not has_fused_head(base):
+        add_fused_lm_head(base)
     return True
+
+
+def has_fused_head(base: nn.Module) -> bool:
+    """Whether TRL's fused head is in place: its forward bears the name of the one it replaces."""
+    forward: Any = base.forward
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    return code is not None and code.co_name == "_fused_forward"

@@ -50,8 +50,10 @@ def loss_bytes(
     """
     item = dtype.itemsize
     if kind == "full":
-        logits = tokens * head.vocabulary * (item * (1 + backward) + FULL)
-        return logits + _panel(head, head.vocabulary, item)
+        logits = tokens * head.vocabulary * item * (1 + backward)
+        panel = panel_rows(head.vocabulary, head.hidden, torch.device(device))
+        # The head's product is over when the loss begins, and begins when its gradient is there.
+        return logits + max(tokens * head.vocabulary * FULL, _panel(head, panel, item))
     rows, width = min(tokens, TILE_TOKENS), min(head.vocabulary, TILE_VOCABULARY)
     taken = tokens * head.hidden * item + rows * TILE_VOCABULARY * item  # what is scored; a tile
     if backward:  # the gradient of the hidden states in float32, then once more in their dtype
