@@ -50,6 +50,7 @@ def plan_and_source(rows: list, architecture: str) -> tuple[Plan, ExportSource]:
             spec=parse_format(format_),
             scale_fit="absmax",
             seed=0,
+            rank=8,
         )
         for name, format_, shape, kind, _ in packed
     )  # fmt: skip

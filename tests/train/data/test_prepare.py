@@ -207,7 +207,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
         ("\n\n", {}, "holds no rows"),
         ("nonsense\n", {}, r"none of the first 1 rows can be read:\n.*line 1: not JSON"),
         ('{"body": "x"}\n', {}, "has the columns body, which is none of the formats"),
-        ('{"body": "x"}\n', {"format": "text", "on_bad_rows": "skip"}, "none of the 1 rows can"),
+        ('{"body": "x"}\n', {"data_format": "text", "on_bad_rows": "skip"}, "none of the 1 rows"),
         (json.dumps(turns(1)), {}, "one sample cannot be split"),
     ],
 )
