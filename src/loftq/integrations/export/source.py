@@ -19,8 +19,10 @@ from loftq.integrations.source import resolve_source
 from loftq.pipeline.run import JOURNAL
 
 START = "init_adapter"
-TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER += ("vocab.*", "merges.txt", "*.model", "*.tiktoken")
+TOKENIZER = (
+    "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
 """Names under which tokenizers save themselves."""
 
 
