@@ -5,6 +5,7 @@ The blocks of a page run in order, in one folder and one namespace, as a reader 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -27,11 +28,16 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)")
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 WORDS = ("a", "river", "carries", "water", "and", "mud", "to", "the", "sea", ".")
 CONTEXT = 512
+ROWS = 50
+TURNS = [
+    {"role": "user", "content": "what carries water ?"},
+    {"role": "assistant", "content": "a river carries water to the sea ."},
+]
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of the examples: `model`, and a text to score."""
+    """The current folder of the examples: `model`, chats to learn, and a text to score."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=128,
@@ -48,8 +54,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     _tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps({'messages': TURNS})}\n" * ROWS)
     (tmp_path / "text.txt").write_text("A river carries water and mud to the sea.\n" * CONTEXT)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where `train` keeps backbones
     return tmp_path
 
 
@@ -88,8 +96,6 @@ def commands() -> list[str]:
 def test_every_command_has_the_verbs_and_flags_it_uses(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     command = typer.main.get_command(app)
-    if words[0] == "train" and words[0] not in command.commands:  # type: ignore[attr-defined]
-        pytest.xfail("`loftq train` is not in this tree yet")
     context = None
     while hasattr(command, "commands"):
         assert words[0] in command.commands, f"{line}: no verb {words[0]}"

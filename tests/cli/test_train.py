@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import exported
 import tiny_chat
+import trained_run
+from loftq.cli.train import way_out
 from loftq.integrations.metrics import read_metrics
 
 pytest.importorskip("trl")
@@ -83,9 +86,24 @@ def test_what_follows_is_sparse_and_ends_with_the_next_commands(
     assert "4 steps in" in answer.out
     assert f"report  {tmp_path / 'run/report.html'}" in answer.out
     assert f"loftq chat {tmp_path / 'run'}" in answer.out
-    assert f"loftq export {tmp_path / 'run'} --for vllm" in answer.out
+    assert f"loftq export {tmp_path / 'run'} --to dense" in answer.out  # its groups are not whole
     assert "\x1b" not in answer.out + answer.err
     assert "{'loss'" not in answer.out  # what transformers would print
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("nf4-g64-dq", "--for vllm"),
+        ("iq4nl-g32-f16", "--for llama.cpp"),
+        ("nf2-g64-dq", "--to dense"),
+    ],
+)
+def test_the_next_command_is_one_that_the_format_admits(
+    name: str, flag: str, tmp_path: Path
+) -> None:
+    out = exported.pack(exported.write_model(tmp_path / "model"), tmp_path / "out", format=name)
+    assert way_out(trained_run.write_run(tmp_path / "run", out)) == flag
 
 
 def test_the_same_command_again_says_that_it_is_done(train: Callable, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def ppl(
         int | None, typer.Option(help="Score only the first windows. Default: all.")
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder, or none. Default: OUT's start adapter.")
+        str | None, typer.Option(help="Adapter folder, or none. Default: RUN's, else the start.")
     ] = None,
     device: options.Device = None,
     as_json: options.AsJson = False,

@@ -139,6 +139,7 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
     )
     finish.add_rows(lines)
     lines.add_row("next", f"loftq inspect {output} --check")
+    lines.add_row("", f"loftq train {output} --data FILE -o RUN")
     lines.add_row("", f'in Python: loftq.load("{output}", trainable=True)')
     out.print(lines)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loftq.train.result import TrainResult
 
 INTERRUPTED = 130
+PREFERRED = ("vllm", "llama.cpp", "transformers")
+"""Engines, the one to name first; all are named by `loftq plan`."""
 NAMED = {"model": str, "data": str | None, "validation": str | None}
 """Arguments that a config file may hold too."""
 PLACES = {"device": str | None, "cache": str | None, "memory": str | None}
@@ -135,8 +137,17 @@ def _print_end(out: Console, output: Path, result: TrainResult, finish: Finish) 
     lines.add_row("wrote", str(result.adapter), "the best checkpoint by validation loss")
     finish.add_rows(lines)
     lines.add_row("next", f"loftq chat {output}")
-    lines.add_row("", f"loftq export {output} --for vllm -o SERVED")
+    lines.add_row("", f"loftq export {output} {way_out(output)} -o SERVED")
     out.print(lines)
+
+
+def way_out(output: Path) -> str:
+    """Flag of an export that the format of a run admits: an engine that holds it, else dense."""
+    from loftq.integrations.export import readers
+
+    held = readers(output)
+    first = next((engine for engine in PREFERRED if engine in held), None)
+    return "--to dense" if first is None else f"--for {first}"
 
 
 def _losses(found: Any) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import loftq
 import trained_run
 import zoo
 from loftq.integrations import engines
-from loftq.integrations.export import ENGINES, EXPORTS, ExportError
+from loftq.integrations.export import ENGINES, EXPORTS, ExportError, readers
 from loftq.integrations.peft import LineageError
 from loftq.integrations.run_folder import RunError
 from loftq.pipeline.config import ENGINE_FORMATS
@@ -108,6 +108,25 @@ def test_what_no_engine_reads_is_refused(packed: Packed, tmp_path: Path) -> None
     done = loftq.export(out, to="gptq", output=tmp_path / "export", adapter=dora)
     assert (done.serve, done.serve_command) == ((), "")
     assert "vLLM refuses DoRA" in done.limits
+
+
+@pytest.mark.parametrize(
+    ("name", "engines"),
+    [
+        ("nf4-g64-dq", ("transformers", "vllm")),
+        ("sint4-g32-f16", ("transformers", "vllm", "llama.cpp")),
+        ("iq4nl-g32-f16", ("llama.cpp",)),
+        ("nf2-g64-dq", ()),
+    ],
+)
+def test_readers_are_the_engines_that_export_accepts(
+    name: str, engines: tuple[str, ...], packed: Packed, tmp_path: Path
+) -> None:
+    out, _ = packed(name)
+    assert readers(out) == engines
+    for engine in sorted(set(ENGINES) - set(engines)):
+        with pytest.raises(ExportError, match="rounding it again"):
+            loftq.export(out, engine=engine, output=tmp_path / engine)
 
 
 def test_conv1d_and_embeddings_fit_no_other_engine_but_merge(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Exports: the packed model in the layout of another engine, the same weights to the bit."""
 
-from loftq.integrations.export.run import Exported, export
+from loftq.integrations.export.run import Exported, export, readers
 from loftq.integrations.export.source import ExportError, ExportSource, open_source
 from loftq.integrations.export.targets import ENGINES, EXPORTS, Export
 
@@ -13,4 +13,5 @@ __all__ = [
     "Exported",
     "export",
     "open_source",
+    "readers",
 ]

@@ -160,7 +160,7 @@ def _describe(writer: GGUFWriter, job: Job, names: GgufNames) -> None:
     names.write_settings(writer)
     vocab = job.options.get("vocab")
     write_vocab(
-        writer, source.folder, source.config["vocab_size"], vocab=Path(vocab) if vocab else None
+        writer, source.tokenizer, source.config["vocab_size"], vocab=Path(vocab) if vocab else None
     )
 
 

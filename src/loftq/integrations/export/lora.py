@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, ShardFile, TensorSpec, open_checkpoint
-from loftq.integrations.artifact import companions
 from loftq.integrations.export.adapter import CONFIG, WEIGHTS, LoraAdapter
 from loftq.integrations.export.job import Job, Tensors, as_json
 from loftq.integrations.export.source import ExportError
@@ -58,8 +57,7 @@ def write_lora(job: Job) -> int:
             out.add(module, list(names.values()), partial(_named, lora, start, module))
         for name in whole.values():
             out.add(name, [name], partial(_bytes, lora, name))
-        files = {path.name: path.read_bytes() for path in companions(source.folder)}
-        out.finish({**files, CONFIG: as_json(lora_config(job))})
+        out.finish({**source.companions, CONFIG: as_json(lora_config(job))})
     return _check(job, open_checkpoint(job.folder, weights=WEIGHTS), total)
 
 

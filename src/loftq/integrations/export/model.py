@@ -11,7 +11,6 @@ import torch
 from loftq.checkpoint import Checkpoint, ShardFile, TensorSpec, open_checkpoint, plan_shards
 from loftq.checkpoint.export import Layout, Packed
 from loftq.checkpoint.layout import MAX_SHARD_BYTES
-from loftq.integrations.artifact import companions
 from loftq.integrations.export.adapter import CONFIG, WEIGHTS
 from loftq.integrations.export.job import ADAPTER, Job, Tensors, as_json
 from loftq.integrations.export.source import ExportError, ExportSource
@@ -88,7 +87,7 @@ def copy_tensors(out: Tensors, source: Checkpoint, names: list[str]) -> None:
 
 def side_files(job: Job, *, adapter: bool = True) -> dict[str, bytes]:
     """Tokenizer, generation config, and the adapter's own files."""
-    files = {path.name: path.read_bytes() for path in companions(job.source.folder)}
+    files = job.source.companions
     if adapter:
         base, lora = str(job.output), job.source.adapter
         files[f"{ADAPTER}/{CONFIG}"] = as_json(lora.config_for(base))

@@ -188,6 +188,23 @@ def _refusal(source: ExportSource, problems: Mapping[str, str], engine: str | No
     )
 
 
+def readers(path: str | Path) -> tuple[str, ...]:
+    """Engines that can hold the model at `path` without loss, as --for names them.
+
+    Args:
+        path: an OUT of quantize or a RUN of train; headers and records are read.
+    """
+    source = open_source(path)
+    return tuple(
+        engine
+        for engine, targets in ENGINES.items()
+        if any(
+            layout is not None and not _problem(source, layout, engine)
+            for layout in (EXPORTS[name].layout for name in targets)
+        )
+    )
+
+
 def obstacle(source: ExportSource, layout: Layout) -> str:
     """Why a layout cannot hold the model; "" if it can."""
     found = architecture_obstacle(layout, source.architecture)

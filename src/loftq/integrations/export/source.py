@@ -12,13 +12,18 @@ from typing import Any
 from loftq.checkpoint import Checkpoint, open_checkpoint
 from loftq.checkpoint.export import Packed
 from loftq.formats import COMPONENTS, QuantizedTensor, parse_format
-from loftq.integrations.artifact import WEIGHTS_INDEX
+from loftq.integrations.artifact import WEIGHTS_INDEX, companions
 from loftq.integrations.export.adapter import LoraAdapter
 from loftq.integrations.peft import check_lineage
 from loftq.integrations.source import resolve_source
 from loftq.pipeline.run import JOURNAL
 
 START = "init_adapter"
+TOKENIZER = (
+    "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+"""Names under which tokenizers save themselves."""
 
 
 class ExportError(ValueError):
@@ -75,6 +80,23 @@ class ExportSource:
         """Tensors of the backbone that are not packed."""
         packed = {f"{weight.stem}.{part}" for weight in self.weights for part in COMPONENTS}
         return [name for name in self.backbone.tensors if name not in packed]
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder whose tokenizer the model was trained with: the adapter's, if it has one.
+
+        Training may have given a base model the chat template that it now answers by.
+        """
+        trained = self.adapter.folder
+        return trained if (trained / "tokenizer_config.json").is_file() else self.folder
+
+    @property
+    def companions(self) -> dict[str, bytes]:
+        """Name -> content of the tokenizer and generation files that go with every export."""
+        found = companions(self.folder)
+        if self.tokenizer != self.folder:
+            found += [path for name in TOKENIZER for path in sorted(self.tokenizer.glob(name))]
+        return {path.name: path.read_bytes() for path in found}
 
     def read(self, weight: Packed) -> QuantizedTensor:
         """One packed weight, mapped from its file."""
