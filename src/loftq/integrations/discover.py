@@ -35,6 +35,7 @@ from loftq.pipeline.layout import KeptInfo, LayerInfo, ModelLayout
 
 __all__ = [
     "SourceError",
+    "build_model",
     "describe_folder",
     "describe_model",
     "model_class",
@@ -167,18 +168,27 @@ def _named_class(config: Mapping[str, Any], loaded: Any) -> Any:
     return None
 
 
-def _meta_model(folder: Path) -> nn.Module:
+def build_model(folder: Path) -> nn.Module:
+    """The model of config.json with fresh weights, in the class it names, else as AutoModel would.
+
+    Raises:
+        SourceError: transformers cannot build it.
+    """
     config = _load_config(folder)
     named = _named_class(read_config(folder), config)
     try:
-        with torch.device("meta"):
-            return named(config) if named else AutoModel.from_config(config)
+        return named(config) if named else AutoModel.from_config(config)
     except Exception as error:  # constructors fail in as many ways as there are models
         kind = named.__name__ if named else "AutoModel"
         raise SourceError(
             f"{folder}: {kind} cannot be built from config.json ({error}). Check the file, and "
             "that the packages this model needs are installed."
         ) from error
+
+
+def _meta_model(folder: Path) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(folder)
 
 
 def _describe(
