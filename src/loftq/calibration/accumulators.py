@@ -76,7 +76,10 @@ class Accumulator:
         """
         if not self.tokens:
             raise ValueError(f"no finite input among {self.dropped} tokens")
-        gram = None if self.products is None else (self.products / self.tokens).cpu()
+        gram = None
+        if self.products is not None:  # a float32 product is symmetric only up to rounding
+            lower = (self.products / self.tokens).cpu().tril()
+            gram = lower + lower.tril(-1).mT
         return InputStatistics(
             mean_square=(self.squares / self.tokens).cpu(),
             gram=gram,

@@ -79,12 +79,13 @@ class StatisticsStore:
         write_partial(path, save(tensors, {"loftq": json.dumps(about)}))
         publish(path)
 
-    def read(self, block: str, layer: str, kind: str) -> InputStatistics:
+    def read(self, layer: str, kind: str) -> InputStatistics:
         """Statistics of the inputs of a layer; `kind` diagonal leaves the Gram on the disk.
 
         Raises:
             ValueError: they are not there.
         """
+        block = self._block_of(layer)
         if not self.has(block, [layer], kind):
             raise ValueError(
                 f"{layer}: no {kind} statistics in {self.folder}. No calibration token reached the "
@@ -99,6 +100,13 @@ class StatisticsStore:
             packed = file.get_tensor(f"{leader}.gram") if kind == "gram" else None
         gram = None if packed is None else _unpacked(packed, len(mean_square))
         return InputStatistics(mean_square=mean_square, gram=gram, tokens=tokens, dropped=dropped)
+
+    def _block_of(self, layer: str) -> str:
+        """The block around a layer: the innermost path that has a file."""
+        path = layer
+        while path and not self._path(path).is_file():
+            path = path.rpartition(".")[0]
+        return path
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block or _OUTSIDE_FILE}.safetensors"
