@@ -1,23 +1,27 @@
 """The parts that a row of the method table is put together from, by name.
 
-A new metric or rounding is an entry here; neither methods nor the pipeline ask for names.
+A new metric, rounding or schedule is an entry here; neither methods nor the pipeline ask for names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from loftq.lowrank import CholeskyRoot, DiagonalRoot, Metric
+from loftq.lowrank import CholeskyRoot, DiagonalRoot, Metric, Solver, WhitenedSolver, make_solver
 from loftq.methods.problem import LayerProblem, ProblemStatistics
-from loftq.rounding import DescentGptq, Gptq, Rounded, round_to_nearest
+from loftq.rounding import DescentGptq, Gptq, round_to_nearest
+from loftq.schedules import Alternation, Quantize, alternate, project
+
+if TYPE_CHECKING:
+    from loftq.methods.base import Method
 
 NEEDS = ("none", "diagonal", "gram")
 """Statistics of the inputs, in rising order: whoever has a Gram has the diagonal."""
-
-Quantize = Callable[[Tensor], tuple[Rounded, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class RoundingPart:
     """A way to round."""
 
     needs: str
-    make: Callable[[LayerProblem, float], Quantize]
-    """(problem, damping) -> (W -> (Rounded, values)); `damping` of the result says what it took."""
+    make: Callable[[LayerProblem, Tensor | None, float], Quantize]
+    """(problem, Gram in place of the inputs' own, damping) -> W -> (Rounded, values)."""
 
 
 def _diagonal(problem: LayerProblem, damping: float) -> Metric:
@@ -46,17 +50,19 @@ def _gram(problem: LayerProblem, damping: float) -> Metric:
     return Metric(CholeskyRoot(known_gram(problem), damping=damping, strict=problem.strict))
 
 
-def _rtn(problem: LayerProblem, damping: float) -> Quantize:
+def _rtn(problem: LayerProblem, gram: Tensor | None, damping: float) -> Quantize:
     return lambda target: round_to_nearest(target, problem.spec, fit=problem.scale_fit)
 
 
-def _gptq(problem: LayerProblem, damping: float) -> Gptq:
+def _gptq(problem: LayerProblem, gram: Tensor | None, damping: float) -> Gptq:
+    gram = known_gram(problem) if gram is None else gram
     spec, fit, strict = problem.spec, problem.scale_fit, problem.strict
-    return Gptq(known_gram(problem), spec, fit=fit, damping=damping, strict=strict)
+    return Gptq(gram, spec, fit=fit, damping=damping, strict=strict)
 
 
-def _descent(problem: LayerProblem, damping: float) -> DescentGptq:
-    return DescentGptq(_gptq(problem, damping), known_gram(problem))
+def _descent(problem: LayerProblem, gram: Tensor | None, damping: float) -> DescentGptq:
+    gram = known_gram(problem) if gram is None else gram
+    return DescentGptq(_gptq(problem, gram, damping), gram)
 
 
 METRICS = {
@@ -69,6 +75,80 @@ ROUNDINGS = {
     "gptq": RoundingPart("gram", _gptq),
     "gptq-descent": RoundingPart("gram", _descent),
 }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method needs to solve one problem."""
+
+    metric: Metric
+    quantize: Quantize
+    """Rounding under the Gram of the inputs, where it looks at one."""
+    solver: Solver
+    """Best correction under the metric."""
+    leading: Solver
+    """A plain one, for eigenvectors."""
+
+
+def assemble(method: Method, problem: LayerProblem, generator: torch.Generator) -> Parts:
+    """The parts that a row names, made for one problem."""
+    metric = METRICS[method.metric].make(problem, method.metric_damping)
+    plain = make_solver(method.solver, problem.rank, generator)
+    weighted = METRICS[method.metric].needs != "none"
+    return Parts(
+        metric=metric,
+        quantize=ROUNDINGS[method.rounding].make(problem, None, method.damping),
+        solver=WhitenedSolver(plain, metric) if weighted else plain,
+        leading=make_solver(method.solver, problem.rank, generator),
+    )
+
+
+def damping_used(method: Method, parts: Parts, i: int) -> tuple[float | None, tuple[str, ...]]:
+    """Largest damping of weight i's Gram, and notes where more was needed than asked for."""
+    asked = {"metric": method.metric_damping, "rounding": method.damping}
+    used = {
+        what: float(found[i])
+        for what, part in (("metric", parts.metric.input), ("rounding", parts.quantize))
+        if (found := getattr(part, "damping", None)) is not None
+    }
+    notes = tuple(
+        f"damping of the {what} raised from {asked[what]:g} to {value:g}: no Cholesky factor"
+        for what, value in used.items()
+        if value > asked[what]
+    )
+    return max(used.values(), default=None), notes
+
+
+def _alternate(method: Method, problem: LayerProblem, parts: Parts) -> Alternation:
+    return alternate(
+        problem.weights,
+        quantize=parts.quantize,
+        solver=parts.solver,
+        iterations=method.iterations,
+        order=method.order,
+        keep=method.keep,
+        norm=parts.metric.norm,
+    )
+
+
+def _project(method: Method, problem: LayerProblem, parts: Parts) -> Alternation:
+    root = parts.metric.input
+    assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
+    if method.iterations == 0:
+        return _alternate(method, problem, parts)
+    return project(
+        problem.weights,
+        root=root.factor,
+        quantize_under=lambda gram: ROUNDINGS[method.rounding].make(problem, gram, 0.0),
+        leading=parts.leading,
+        solver=parts.solver,
+        iterations=method.iterations,
+        damping=method.damping,
+        norm=parts.metric.norm,
+    )
+
+
+SCHEDULES = {"alternate": _alternate, "projection": _project}
 
 
 def known_inputs(problem: LayerProblem) -> ProblemStatistics:

@@ -45,3 +45,22 @@ class LayerProblem:
     """Of the inputs; None for methods that need none."""
     strict: bool = False
     """Raise where a Gram needs more damping than was asked for, or tokens had to be dropped."""
+
+
+def input_notes(problem: LayerProblem, i: int) -> tuple[str, ...]:
+    """What a record has to say of the statistics of weight i; strict problems raise instead."""
+    known = problem.statistics
+    if known is None:
+        return ()
+    notes = []
+    width = problem.weights.shape[-1]
+    if known.dropped[i]:
+        notes.append(f"{known.dropped[i]} calibration tokens left out: inputs not finite")
+    if known.gram is not None and known.tokens[i] < width:
+        notes.append(f"{known.tokens[i]} tokens for a Gram of {width}: damping fills the rest")
+    if notes and problem.strict:
+        raise ValueError(
+            f"{problem.names[i]}: {'; '.join(notes)}. Calibrate on more, finite text, or set "
+            "strict=false to go on with a note in the record."
+        )
+    return tuple(notes)

@@ -43,7 +43,8 @@ class DescentGptq:
 
     def __call__(self, W: Tensor) -> tuple[Rounded, Tensor]:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""
-        now, values = self.gptq(W)
+        now, _ = self.gptq.draft(W)
+        values = now.decode()
         best, kept, least = now, values, output_error(W - values, self.gram)
         for _ in range(self.rounds):
             scales = refit_scales(W, self.gram, now)

@@ -81,14 +81,23 @@ class Gptq:
 
     def __call__(self, W: Tensor) -> tuple[Rounded, Tensor]:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""
-        if self.order is not None or self.spec.group_size <= 0:
+        rounded, values = self.draft(W)
+        if self._fits_on_the_way and self.spec.scale_coding == "dq":
+            return self.under(Scales.of(self.spec, rounded.scales, rounded.zeros), W)
+        return rounded, values
+
+    def draft(self, W: Tensor) -> tuple[Rounded, Tensor]:
+        """The first sweep alone: its values do not know yet what "dq" does to the scales."""
+        if not self._fits_on_the_way:
             return self.under(Scales.of(self.spec, *self.grid.fit(W, self.fit)), W)
         turn = _Fitted(self.spec, self.grid, self.fit)
         codes, values = self._sweep(W, turn)
-        scales, zeros = turn.result()
-        if self.spec.scale_coding == "dq":
-            return self.under(Scales.of(self.spec, scales, zeros), W)
-        return Rounded(self.spec, codes, scales, zeros), values
+        return Rounded(self.spec, codes, *turn.result()), values
+
+    @property
+    def _fits_on_the_way(self) -> bool:
+        """Whether the columns of a group come together, and are fewer than a row."""
+        return self.order is None and self.spec.group_size > 0
 
     def under(self, scales: Scales, W: Tensor) -> tuple[Rounded, Tensor]:
         """Round W under given scales."""

@@ -36,8 +36,8 @@ class Alternation:
     rounded: Rounded
     low_rank: LowRank | None
     """None where no step was taken: plain rounding."""
-    plain_error: Tensor
-    """||W - q(W)|| / ||W||, (n,) float64: rounding without correction."""
+    plain_error: Tensor | None
+    """||W - q(W)|| / ||W||, (n,) float64: rounding without correction; None where it is no step."""
     errors: Tensor
     """||W - Q_t - B_t A_t|| / ||W|| for t = 1..T, (T, n) float64."""
     kept: Tensor
