@@ -59,6 +59,10 @@ class StatisticsStore:
             layers
         )
 
+    def holds(self, layers: Iterable[str], kind: str) -> bool:
+        """Whether statistics of at least this kind are there for all these layers."""
+        return all(self.has(self._block_of(layer), [layer], kind) for layer in layers)
+
     def write(
         self, block: str, statistics: Mapping[str, InputStatistics], leaders: Mapping[str, str]
     ) -> None:

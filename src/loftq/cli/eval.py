@@ -104,7 +104,7 @@ def _load(
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     api.check_device(name)
     where = torch.device(name)
-    tokenizer = _tokenizer(folder)
+    tokenizer = discover.load_tokenizer(folder)
     base = api.load_base(folder, dtype=dtype)
     _check_causal(folder, base)
     model: nn.Module = base
@@ -124,19 +124,6 @@ def _is_packed(folder: Path) -> bool:
     from loftq.integrations.source import quantization_method, read_config
 
     return quantization_method(read_config(folder)) == "loftq"
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # each tokenizer class fails in its own way
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be loaded ({reason[0] if reason else error!r}). Copy "
-            "the tokenizer files of the original model there."
-        ) from error
 
 
 def _check_causal(folder: Path, model: nn.Module) -> None:

@@ -26,6 +26,7 @@ def plan(
     method: options.Method = None,
     rank: options.Rank = None,
     alpha: options.Alpha = None,
+    data: options.Data = None,
     targets: options.Targets = None,
     skip: options.Skip = None,
     engine: options.Engine = None,
@@ -38,7 +39,7 @@ def plan(
     """Say what quantizing MODEL would take and give: bits, bytes, memory, time, where it serves."""
     flags = {
         "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
-        "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
         "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
@@ -135,6 +136,15 @@ def _print_totals(out: Console, report: PlanReport) -> None:
         f"{console.duration(report.seconds)} on {report.device}",
         "a rough estimate of the solve; reading and writing come on top",
     )
+    if report.calibration is not None:
+        cost = report.calibration
+        lines.add_row(
+            "calibrate",
+            f"{console.duration(cost['seconds'])}, {console.size(cost['device_bytes'])} on "
+            f"{report.device}",
+            f"estimates; {console.size(cost['disk_bytes'])} of statistics in {cost['folder']}, "
+            "used again by other methods and widths",
+        )
     out.print(lines)
     print_serving(out, report)
 

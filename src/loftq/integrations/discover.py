@@ -38,6 +38,8 @@ __all__ = [
     "build_model",
     "describe_folder",
     "describe_model",
+    "load_config",
+    "load_tokenizer",
     "model_class",
     "quantizable",
     "refuse_unusable",
@@ -140,10 +142,11 @@ def model_class(folder: Path) -> Any:
 
     A name counts only when it is a transformers model class for this very configuration.
     """
-    return _named_class(read_config(folder), _load_config(folder)) or AutoModel
+    return _named_class(read_config(folder), load_config(folder)) or AutoModel
 
 
-def _load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of the model in `folder`."""
     problem = remote_code_problem(folder, read_config(folder))
     if problem:
         raise SourceError(problem)
@@ -153,6 +156,24 @@ def _load_config(folder: Path) -> Any:
         raise SourceError(
             f"{folder / 'config.json'}: transformers does not accept it ({error}). Take the file "
             "from the original model."
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        SourceError: there is none, or transformers does not accept it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each tokenizer class fails in its own way
+        reason = str(error).strip().splitlines()
+        raise SourceError(
+            f"{folder}: its tokenizer cannot be loaded ({reason[0] if reason else error!r}). Copy "
+            "the tokenizer files of the original model there."
         ) from error
 
 
@@ -174,7 +195,7 @@ def build_model(folder: Path) -> nn.Module:
     Raises:
         SourceError: transformers cannot build it.
     """
-    config = _load_config(folder)
+    config = load_config(folder)
     named = _named_class(read_config(folder), config)
     try:
         return named(config) if named else AutoModel.from_config(config)

@@ -121,6 +121,11 @@ class Method:
         ahead = self.order == "correct-first" or self.schedule != "alternate"
         return self.iterations > 1 or (self.iterations == 1 and ahead)
 
+    @property
+    def step_cost(self) -> float:
+        """Time of one step relative to rounding to nearest with its correction; plans only."""
+        return ROUNDINGS[self.rounding].cost
+
     def with_options(self, **options: Any) -> Method:
         """A copy with other choices, e.g. iterations=1; None leaves a choice as it is."""
         return replace(self, **{k: v for k, v in options.items() if v is not None})

@@ -19,6 +19,12 @@ from torch import Tensor
 from loftq.allocation import assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.pipeline.calibration import (
+    Calibration,
+    CalibrationCost,
+    calibration_cost,
+    missing_data,
+)
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import LayerInfo, ModelLayout
 
@@ -38,6 +44,7 @@ CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 27
 """Most weights in a batch: bounds working memory, and fills a large GPU."""
 SOLVED_AT_ONCE = 3  # batches, on a GPU: one reads, one waits for the host, one computes
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
+GRAM_LOAD = 2  # weights that one element of a Gram counts for: float64, several copies
 NANOSECONDS = {"cpu": 115.0, "cuda": 0.37}
 """Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
 
@@ -108,6 +115,8 @@ class Plan:
     source_fingerprint: str
     source_bytes: int
     device: str
+    calibration: Calibration | None = None
+    """Tokens and statistics; None for methods that need none."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,6 +131,7 @@ class Plan:
             "device": self.device.split(":")[0],
             "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
             "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
+            "statistics": self.calibration.fingerprint if self.calibration else "",
         }
 
     @property
@@ -163,14 +173,23 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Rough time of the solve on this device; reading and writing come on top."""
-        steps = max(1, self.config.resolved_method().iterations)
-        kind = self.device.split(":")[0]
+        method, kind = self.config.resolved_method(), self.device.split(":")[0]
+        steps = max(1, method.iterations) * method.step_cost
         return self.weights * steps * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
+
+    @property
+    def calibration_cost(self) -> CalibrationCost | None:
+        """Of taking the statistics, where they are not kept from an earlier run."""
+        if self.calibration is None:
+            return None
+        infos = [layer.info for layer in self.layers]
+        return calibration_cost(self.calibration, infos, self.device)
 
     @property
     def working_bytes(self) -> int:
         """Memory of the largest batches while they are solved, on the device that solves them."""
-        sizes = sorted(sum(layer.weights for layer in batch.layers) for batch in self.batches)
+        gram = _needs_gram(self.config)
+        sizes = sorted(sum(_load(x, gram) for x in batch.layers) for batch in self.batches)
         at_once = SOLVED_AT_ONCE if self.device.startswith("cuda") else 1
         return WORKING_BYTES * sum(sizes[-at_once:])
 
@@ -182,14 +201,27 @@ def make_plan(
     *,
     device: str = "cpu",
     max_shard_bytes: int = 5_000_000_000,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Plan the quantization of a checkpoint; reads nothing but its headers.
+
+    Args:
+        config: the choices.
+        layout: of the model.
+        source: its weights.
+        device: that solves.
+        max_shard_bytes: size at which the weights are split over files.
+        calibration: tokens and statistics; not looked at by methods that need none.
 
     Raises:
         PlanError: anything that would fail later, all of it at once.
     """
     specs = _formats(config, layout)
+    needs = config.resolved_method().needs
+    calibration = None if needs == "none" else calibration
     problems = _problems(config, layout, source)
+    if needs != "none":
+        problems += _unmet(config, layout, calibration)
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise PlanError("\n".join([*problems[:SHOWN], *more]))
@@ -215,12 +247,13 @@ def make_plan(
         config=config,
         layout=layout,
         layers=layers,
-        batches=_batches(layers, _batch_limit(device)),
+        batches=_batches(layers, _batch_limit(device), gram=_needs_gram(config)),
         copied=tuple(copied),
         shards=(),
         source_fingerprint=source.fingerprint(),
         source_bytes=sum(entry.nbytes for entry in source.tensors.values()),
         device=device,
+        calibration=calibration,
     )
     shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
     return replace(plan, shards=(*shards, ShardFile.plan(ADAPTER_FILE, _adapter_tensors(plan))))
@@ -289,6 +322,29 @@ def _problems(config: QuantizeConfig, layout: ModelLayout, source: Source) -> li
     return problems
 
 
+def _unmet(
+    config: QuantizeConfig, layout: ModelLayout, calibration: Calibration | None
+) -> list[str]:
+    """What a method that needs statistics lacks."""
+    problems = [] if calibration is not None else [missing_data(config.method)]
+    embedded = [info.module for info in layout.layers if info.kind == "embedding"]
+    if embedded:
+        problems.append(
+            f"{embedded[0]}: an embedding has no inputs to calibrate on. Leave embeddings=true "
+            f"out, or choose a method that needs no text instead of {config.method}."
+        )
+    return problems
+
+
+def _needs_gram(config: QuantizeConfig) -> bool:
+    return config.resolved_method().needs == "gram"
+
+
+def _load(layer: PlannedLayer, gram: bool) -> int:
+    """Weights of a layer, its Gram counted as if it were weights."""
+    return layer.weights + (GRAM_LOAD * layer.info.shape[1] ** 2 if gram else 0)
+
+
 def _fit(config: QuantizeConfig, spec: FormatSpec) -> str:
     if config.scale_fit is not None:
         return config.scale_fit
@@ -303,13 +359,13 @@ def _seed(seed: int, module: str) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _batches(layers: tuple[PlannedLayer, ...], limit: int) -> tuple[Batch, ...]:
+def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tuple[Batch, ...]:
     """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
     groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
     for layer in layers:
         key = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
         runs = groups.setdefault(key, [[]])
-        if runs[-1] and (len(runs[-1]) + 1) * layer.weights > limit:
+        if runs[-1] and (len(runs[-1]) + 1) * _load(layer, gram) > limit:
             runs.append([])
         runs[-1].append(layer)
     batches = [tuple(run) for runs in groups.values() for run in runs]

@@ -18,7 +18,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from loftq.methods import LayerProblem, LayerSolution
+from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
+from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.layout import LayerInfo
 from loftq.pipeline.plan import SOLVED_AT_ONCE, Batch, Plan, Source
 
@@ -33,8 +34,16 @@ class Solved:
     end: float
 
 
-def solved_batches(plan: Plan, batches: Sequence[Batch], source: Source) -> Iterator[Solved]:
+def solved_batches(
+    plan: Plan, batches: Sequence[Batch], source: Source, statistics: Statistics | None = None
+) -> Iterator[Solved]:
     """Read and solve `batches`, in order; SOLVED_AT_ONCE of them at a time on a GPU.
+
+    Args:
+        plan: what is to be done.
+        batches: the batches of it that are left.
+        source: the weights.
+        statistics: of the inputs, for a plan with a calibration.
 
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named.
@@ -42,7 +51,7 @@ def solved_batches(plan: Plan, batches: Sequence[Batch], source: Source) -> Iter
     device = torch.device(plan.device)
     if device.type == "cpu":
         for batch in batches:
-            yield _solved(plan, batch, source, device)
+            yield _solved(plan, batch, source, device, statistics)
         return
     # torch loads its GPU linear algebra at the first call, and fails if threads race for it.
     torch.linalg.cholesky(torch.eye(1, device=device))
@@ -52,11 +61,11 @@ def solved_batches(plan: Plan, batches: Sequence[Batch], source: Source) -> Iter
         try:
             # One more than are solved at a time, so that no thread waits for the consumer.
             for batch in islice(waiting, SOLVED_AT_ONCE + 1):
-                ahead.append(pool.submit(_solved, plan, batch, source, device))
+                ahead.append(pool.submit(_solved, plan, batch, source, device, statistics))
             while ahead:
                 done = ahead.popleft().result()
                 if (following := next(waiting, None)) is not None:
-                    ahead.append(pool.submit(_solved, plan, following, source, device))
+                    ahead.append(pool.submit(_solved, plan, following, source, device, statistics))
                 yield done
         finally:
             pool.shutdown(cancel_futures=True)
@@ -76,7 +85,9 @@ def oriented(weight: Tensor, info: LayerInfo) -> Tensor:
     return weight.mT if info.kind == "conv1d" else weight
 
 
-def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
+def solve_batch(
+    plan: Plan, batch: Batch, weights: Tensor, known: ProblemStatistics | None = None
+) -> LayerSolution:
     """The method's solution of one batch; weights (n, out_features, in_features) float32."""
     first = batch.layers[0]
     problem = LayerProblem(
@@ -87,6 +98,8 @@ def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
         scaling=plan.config.scaling,
         scale_fit=first.scale_fit,
         seeds=tuple(layer.seed for layer in batch.layers),
+        statistics=known,
+        strict=plan.config.strict,
     )
     with torch.no_grad():
         return plan.config.resolved_method().solve(problem)
@@ -98,14 +111,30 @@ def _own_stream(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def _solved(plan: Plan, batch: Batch, source: Source, device: torch.device) -> Solved:
+def _solved(
+    plan: Plan,
+    batch: Batch,
+    source: Source,
+    device: torch.device,
+    statistics: Statistics | None,
+) -> Solved:
     weights = _load(batch, source, device)
     begin = time.perf_counter()
-    solution = solve_batch(plan, batch, weights)
+    solution = solve_batch(plan, batch, weights, _known(plan, batch, device, statistics))
     if device.type == "cuda":
         # Whoever takes the solution does so from another stream.
         torch.cuda.current_stream(device).synchronize()
     return Solved(batch, solution, begin, time.perf_counter())
+
+
+def _known(
+    plan: Plan, batch: Batch, device: torch.device, statistics: Statistics | None
+) -> ProblemStatistics | None:
+    if plan.calibration is None:
+        return None
+    assert statistics is not None, "a plan with a calibration is run with its statistics"
+    names = [layer.info.module for layer in batch.layers]
+    return read_statistics(statistics, names, plan.calibration.kind, device)
 
 
 def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:
