@@ -106,12 +106,15 @@ def _move(
     skip: Callable[[str], bool],
 ) -> None:
     """Start all runs, then move them from block to block until they end."""
-    outside = _Watch(model, {} if skip(OUTSIDE) else _outside(model, layers), kind)
+    def unknown(block: str) -> dict[str, int]:
+        return {} if skip(block) else layers_in(block, layers, model.blocks)
+
+    outside = _Watch(model, unknown(OUTSIDE), kind)
     watches: dict[str, _Watch] = {}
     at = _advance(runs, outside)
     while at is not None:
         if at not in watches:  # a model with shared weights enters one block several times
-            watches[at] = _Watch(model, {} if skip(at) else _inside(at, layers), kind)
+            watches[at] = _Watch(model, unknown(at), kind)
         watch = watches[at]
         model.load(at)
         following = _advance(runs, watch, outside)
@@ -254,10 +257,9 @@ class _Watch:
         self.sums[path].add(rows if self.mask.all() else rows[self.mask.reshape(-1)])
 
 
-def _inside(block: str, layers: Mapping[str, int]) -> dict[str, int]:
-    return {path: width for path, width in layers.items() if path.startswith(f"{block}.")}
-
-
-def _outside(model: BlockModel, layers: Mapping[str, int]) -> dict[str, int]:
-    prefixes = tuple(f"{block}." for block in model.blocks)
-    return {path: width for path, width in layers.items() if not path.startswith(prefixes)}
+def layers_in(block: str, layers: Mapping[str, int], blocks: Sequence[str]) -> dict[str, int]:
+    """The layers (path -> in_features) inside of a block; of OUTSIDE, those in none of `blocks`."""
+    if block != OUTSIDE:
+        return {path: n for path, n in layers.items() if path.startswith(f"{block}.")}
+    inside = tuple(f"{other}." for other in blocks)
+    return {path: n for path, n in layers.items() if not path.startswith(inside)}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from loftq.checkpoint import Checkpoint
@@ -72,6 +71,8 @@ class CheckpointBlocks(LoadedBlocks):
     """
 
     def __init__(self, folder: Path, source: Checkpoint, device: torch.device) -> None:
+        from accelerate import init_empty_weights
+
         # Parameters without memory, buffers (rotary tables, position ids) with their values.
         with init_empty_weights(include_buffers=False):
             model = build_model(folder)

@@ -14,6 +14,7 @@ from loftq.calibration import (
     collect,
     default_folder,
     document_windows,
+    layers_in,
     statistics_fingerprint,
     stream_windows,
 )
@@ -107,7 +108,7 @@ def take_statistics(
     done = 0
 
     def known(block: str) -> bool:
-        inside = [path for path in layers if path.startswith(f"{block}.")] if block else []
+        inside = layers_in(block, layers, model.blocks)
         return bool(inside) and store.has(block, inside, calibration.kind)
 
     def keep(block: str, statistics: Any, leaders: Any) -> None:
