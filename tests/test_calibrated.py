@@ -1,4 +1,4 @@
-"""Calibrated quantization end to end: from a text file to a folder that loads, and what is refused."""
+"""Calibrated quantization end to end: from a text file to a folder that loads, and refusals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 
 import loftq
+import zoo
 from loftq.integrations import blocks as model_blocks
 from loftq.pipeline import stream as engine
 from loftq.report import inspect_output
@@ -119,9 +119,10 @@ def test_a_run_resumes_byte_for_byte_with_or_without_kept_statistics(
 
     for name, keep in (("kept", True), ("taken-again", False)):
         solved.clear()
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(engine, "solve_batch", interrupted)
+        monkeypatch.setattr(engine, "solve_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             quantize(place, name, method="cloq")
+        monkeypatch.setattr(engine, "solve_batch", real)
         if not keep:
             for file in (place / "cache").rglob("model.layers.1.safetensors"):
                 file.unlink()
@@ -198,7 +199,10 @@ def test_fewer_tokens_than_inputs_warn_and_are_recorded_or_refused(place: Path) 
     with pytest.warns(UserWarning, match="32 tokens are fewer than the 75 inputs"):
         record = quantize(place, "out", **few)
     assert all("32 tokens for a Gram of" in " ".join(x["notes"]) for x in record["layers"])
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="Calibrate on more"):
+    with (
+        pytest.warns(UserWarning, match="fewer"),
+        pytest.raises(ValueError, match="Calibrate on more"),
+    ):
         quantize(place, "strict", strict=True, **few)
 
 

@@ -109,16 +109,20 @@ def planned(args: argparse.Namespace, source: Any, row: str) -> tuple[Plan, Any]
     """Plan of a row, and its calibration tokens."""
     method, name, rank, *more = row.split(":")
     extra = {key: json.loads(value) for key, value in (pair.split("=") for pair in more)}
-    config = QuantizeConfig(
-        method=method,
-        format=name,
-        rank=int(rank),
-        data=str(args.calibrate),
-        calibration_windows=args.calibration_windows,
-        statistics=args.statistics,
-        **extra,
+    config = QuantizeConfig.from_dict(
+        {
+            "method": method,
+            "format": name,
+            "rank": int(rank),
+            "data": str(args.calibrate),
+            "calibration_windows": args.calibration_windows,
+            "statistics": args.statistics,
+            **extra,
+        }
     )
-    layout = discover.describe_folder(args.model, {n: e.shape for n, e in source.tensors.items()})
+    shapes = {name: entry.shape for name, entry in source.tensors.items()}
+    targets = list(config.targets) or None
+    layout = discover.describe_folder(args.model, shapes, targets=targets)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     windows = calibrate.read_windows(config, layout, tokenizer, discover.load_config(args.model))
     known = calibrate.planned(config, windows, source.fingerprint(), args.device)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 
+import zoo
 from loftq.calibration import TokenWindows, collect
 from loftq.checkpoint import open_checkpoint
 from loftq.integrations.blocks import CheckpointBlocks, LoadedBlocks

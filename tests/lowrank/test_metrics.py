@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tolerances import FLOAT32_SOLVE, FLOAT64_SOLVE
 
 from loftq.lowrank import (
     ChebyshevSolver,
@@ -14,6 +13,7 @@ from loftq.lowrank import (
     Metric,
     WhitenedSolver,
 )
+from tolerances import FLOAT32_SOLVE, FLOAT64_SOLVE
 
 OUT, IN, RANK = 24, 40, 5
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_problem import IN, OUT, effective, problem, statistics
-from tolerances import FLOAT32_SOLVE
 
+from layer_problem import IN, OUT, effective, problem, statistics
 from loftq.lowrank import CholeskyRoot, DiagonalRoot, ExactSolver, Metric, WhitenedSolver
 from loftq.methods import METHODS, Method
 from loftq.rounding import DampingError, Gptq, round_to_nearest
+from tolerances import FLOAT32_SOLVE
 
 NAMES = ("qera-approx", "qera-exact", "cloq", "fast")
 

@@ -1,6 +1,6 @@
 import torch
-from layer_problem import IN, problem, statistics
 
+from layer_problem import IN, problem, statistics
 from loftq.lowrank import CholeskyRoot, ExactSolver, Metric, WhitenedSolver
 from loftq.rounding import Gptq
 from loftq.schedules import project
@@ -50,15 +50,19 @@ def test_the_part_in_the_span_is_free():
 def run(iterations, damping=0.01):
     W, _, metric, spec = parts()
     solver = WhitenedSolver(ExactSolver(RANK), metric)
-    return W, metric, project(
+    return (
         W,
-        root=metric.input.factor,
-        quantize_under=lambda gram: Gptq(gram, spec, fit="mse", damping=0.0),
-        leading=ExactSolver(RANK),
-        solver=solver,
-        iterations=iterations,
-        damping=damping,
-        norm=metric.norm,
+        metric,
+        project(
+            W,
+            root=metric.input.factor,
+            quantize_under=lambda gram: Gptq(gram, spec, fit="mse", damping=0.0),
+            leading=ExactSolver(RANK),
+            solver=solver,
+            iterations=iterations,
+            damping=damping,
+            norm=metric.norm,
+        ),
     )
 
 

@@ -105,14 +105,16 @@ def _move(
     on_block: OnBlock,
     skip: Callable[[str], bool],
 ) -> None:
-    """Start all runs, then move them from block to block until they end."""
+    """Start all runs, then move them from block to block until they end, or all is known."""
+
     def unknown(block: str) -> dict[str, int]:
         return {} if skip(block) else layers_in(block, layers, model.blocks)
 
     outside = _Watch(model, unknown(OUTSIDE), kind)
     watches: dict[str, _Watch] = {}
+    ahead = set() if outside.layers else {b for b in model.blocks if unknown(b)}
     at = _advance(runs, outside)
-    while at is not None:
+    while at is not None and (ahead or outside.layers or at in watches):
         if at not in watches:  # a model with shared weights enters one block several times
             watches[at] = _Watch(model, unknown(at), kind)
         watch = watches[at]
@@ -121,6 +123,7 @@ def _move(
         model.drop(at)
         if watch.layers:
             on_block(at, *watch.results())
+        ahead.discard(at)
         at = following
     if outside.layers:
         on_block(OUTSIDE, *outside.results())
@@ -145,7 +148,7 @@ class _Run(threading.Thread):
         super().__init__(name="calibrate", daemon=True)
         self.model, self.ids, self.mask = model, ids, mask
         self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._reached: queue.SimpleQueue[str | None | BaseException] = queue.SimpleQueue()
+        self._reached: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
     def go_on(self) -> str | None:
         """Move until the next block, whose path is returned, or the end (None)."""
@@ -249,7 +252,8 @@ class _Watch:
             self.leaders[path] = path if known is None else known.leader
         leader = self.leaders[path]
         if leader != path:
-            assert known is not None and known.leader == leader, f"{path} left {leader}"
+            same = known is not None and known.leader == leader
+            assert same, f"{path} no longer reads what {leader} reads"
             return
         if first:
             self.sums[path] = Accumulator(self.layers[path], self.kind, x.device)

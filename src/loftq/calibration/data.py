@@ -77,9 +77,7 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
-def stream_windows(
-    path: str | Path, encode: Encode, *, windows: int, context: int
-) -> TokenWindows:
+def stream_windows(path: str | Path, encode: Encode, *, windows: int, context: int) -> TokenWindows:
     """Full windows of one stream of all documents, for models that read text from left to right.
 
     Args:

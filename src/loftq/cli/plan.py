@@ -39,8 +39,8 @@ def plan(
     """Say what quantizing MODEL would take and give: bits, bytes, memory, time, where it serves."""
     flags = {
         "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
-        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
-        "allow_uncovered": allow_uncovered,
+        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device,
+        "seed": seed, "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
     with console.answering(as_json=as_json):

@@ -50,8 +50,8 @@ def quantize(
     """Quantize MODEL: packed weights, the LoRA start that belongs to them, a record per layer."""
     flags = {
         "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
-        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
-        "allow_uncovered": allow_uncovered,
+        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device,
+        "seed": seed, "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
     out = console.screen(as_json=as_json)

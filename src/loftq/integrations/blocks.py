@@ -41,7 +41,7 @@ class LoadedBlocks:
         """Stays there."""
 
     def forward(self, ids: Tensor, mask: Tensor) -> object:
-        """The base model's forward in eval mode; an encoder-decoder's decoder reads the text too."""
+        """The base model's forward in eval mode; a decoder behind an encoder reads the text too."""
         base = self.module.get_submodule(self.anatomy.base)
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not mask.all():
@@ -71,7 +71,7 @@ class CheckpointBlocks(LoadedBlocks):
     """
 
     def __init__(self, folder: Path, source: Checkpoint, device: torch.device) -> None:
-        from accelerate import init_empty_weights
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
         # Parameters without memory, buffers (rotary tables, position ids) with their values.
         with init_empty_weights(include_buffers=False):
@@ -101,7 +101,8 @@ class CheckpointBlocks(LoadedBlocks):
         """Back to parameters without memory."""
         for name in self._parameters(f"{block}."):
             holder, leaf = self._holder(name)
-            holder._parameters[leaf] = _frozen(torch.empty_like(holder._parameters[leaf], device="meta"))
+            empty = torch.empty_like(holder.get_parameter(leaf), device="meta")
+            holder._parameters[leaf] = _frozen(empty)
 
     def _parameters(self, prefix: str = "") -> Iterator[str]:
         named = list(self.module.named_parameters(remove_duplicate=False))
@@ -120,7 +121,7 @@ class CheckpointBlocks(LoadedBlocks):
                 "and call loftq.quantize_model, or choose a method that needs no data."
             )
         else:  # a part that the checkpoint leaves to be made anew, a pooler
-            shape = holder._parameters[leaf].shape
+            shape = holder.get_parameter(leaf).shape
             holder._parameters[leaf] = _frozen(torch.zeros(shape, device=self.device))
 
     @property

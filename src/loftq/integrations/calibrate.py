@@ -1,4 +1,4 @@
-"""Calibration of a transformers model: its tokenizer cuts the text, its own forward is looked at."""
+"""Calibration of a transformers model: its tokenizer cuts the text, its own forward runs."""
 
 from __future__ import annotations
 

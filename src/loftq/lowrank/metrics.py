@@ -1,11 +1,11 @@
-"""Metrics: what an error E = W - Q - B A costs, ||L E R||_F, with L and R weighing outputs and inputs.
+"""Metrics: what an error E = W - Q - B A costs, ||L E R||_F, L and R weighing outputs and inputs.
 
 R is any square root of the input statistics, R R^T = H:
 
     identity    R = I: LoftQ (arXiv:2310.08659)
     diagonal    R = diag(sqrt(E[x_i^2])): QERA-approx (arXiv:2410.06040)
-    gram        R R^T = E[x x^T]: QERA-exact, CLoQ (arXiv:2501.18475); ||E R||_F^2 = E ||E x||^2, the
-                error of the layer's output on the calibration tokens
+    gram        R R^T = E[x x^T]: QERA-exact, CLoQ (arXiv:2501.18475); ||E R||_F^2 is the mean of
+                ||E x||^2, the error of the layer's output on the calibration tokens
 
 Two roots of one H differ by an orthogonal factor on the right, which neither the norm nor the best
 B A notices (tests/lowrank/test_metrics.py). The Cholesky root is the cheapest; the eigenvector

@@ -41,7 +41,7 @@ class LayerRecord:
     bits_per_weight: float
     """Backbone bytes over weights, scales and zeros included."""
     output_error: float | None = None
-    """||(W - Q - scaling B A) R||_F / ||W R||_F with R R^T = E[x x^T] of the calibration tokens, not
+    """||(W - Q - scaling B A) R||_F / ||W R||_F, R R^T = E[x x^T] of the calibration tokens, not
     damped; None without statistics, and as if inputs were uncorrelated with a diagonal alone."""
     plain_output_error: float | None = None
     """The same of rounding to nearest alone."""
@@ -229,10 +229,8 @@ def relative_error(W: Tensor, Q: Tensor, B: Tensor, A: Tensor, scaling: float) -
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)
 
 
-def _output_errors(
-    problem: LayerProblem, residual: Callable[[int], Tensor]
-) -> list[float | None]:
-    """||E R||_F / ||W R||_F of the residual E of each weight, in float64; None without statistics."""
+def _output_errors(problem: LayerProblem, residual: Callable[[int], Tensor]) -> list[float | None]:
+    """||E R||_F / ||W R||_F of each residual E, in float64; None without statistics."""
     known = problem.statistics
     if known is None:
         return [None] * len(problem.names)

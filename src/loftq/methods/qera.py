@@ -2,8 +2,8 @@
 
 Q = q(W) and B A = svd_r((W - Q) R) R^-1, which minimises E ||x (W - Q - B A)||^2: exactly with
 R R^T = E[x x^T] (Theorem 1), and with R = diag(sqrt(E[x_i^2])) if inputs were uncorrelated (Theorem
-2). Papers write y = x W; here W is (out, in). The released code leaves sigma on one factor; we split
-evenly, as for every method.
+2). Papers write y = x W; here W is (out, in). The released code leaves sigma on one factor; we
+split evenly, as for every method.
 """
 
 from loftq.methods.base import Method

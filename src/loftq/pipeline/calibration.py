@@ -1,4 +1,4 @@
-"""What a plan knows of its calibration: tokens, where statistics lie, and what taking them costs."""
+"""What a plan knows of its calibration: tokens, the place of statistics, what they cost."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ ROWS = 1 << 9  # rows whose M is solved at once
 
 
 def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RIDGE) -> Tensor:
-    """Scales (n, out_features, groups) float32 that minimise tr((W - Q) H (W - Q)^T) at these codes.
+    """Scales (n, out, groups) float32 that minimise tr((W - Q) H (W - Q)^T) at these codes.
 
     Args:
         W: (n, out_features, in_features) float32.
