@@ -136,27 +136,31 @@ def scored(args: argparse.Namespace, model: nn.Module, ids: Tensor) -> float:
 
 def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, texts: dict) -> dict:
     """All numbers of one row."""
-    plan, windows = planned(args, source, row)
-    begin, statistics = time.perf_counter(), None
-    if windows is not None:
-        statistics = calibrate.take_statistics(plan, windows, lambda: LoadedBlocks(model))
+    plan, _ = planned(args, source, row)
+    # Of every layer for every row, so that the output error of data-free methods is known too.
+    begin = time.perf_counter()
+    statistics = calibrate.take_statistics(
+        *planned(args, source, "cloq:" + row.partition(":")[2]), lambda: LoadedBlocks(model)
+    )
     taken = time.perf_counter()
     starts, records = {}, []
     for path, start, record in solve(plan, source, statistics):
         starts[path] = start
         records.append(record)
     solved = time.perf_counter()
-    effective = copy.deepcopy(model)
+    effective, errors = copy.deepcopy(model), []
     for layer in plan.layers:
         start = starts[layer.info.module]
-        weight = effective.get_parameter(f"{layer.info.module}.weight")
-        weight.data.copy_(oriented(start.Q + start.B @ start.A, layer.info))
+        weight = effective.get_parameter(f"{layer.info.module}.weight").data
+        now = oriented(start.Q + start.B @ start.A, layer.info)
+        errors.append(output_error(weight, now, statistics.read(layer.info.module, "gram").gram))
+        weight.copy_(now)
     found = {
         "row": row,
         "bits": plan.bits_per_weight,
         "total_bytes": plan.packed_bytes + plan.copied_bytes + plan.adapter_bytes,
-        "error": mean(records, "error"),
-        "output_error": mean(records, "output_error"),
+        "error": sum(record["error"] for record in records) / len(records),
+        "output_error": sum(errors) / len(errors),
         "calibrate_s": taken - begin,
         "solve_s": solved - taken,
         "notes": sum(bool(record["notes"]) for record in records),
@@ -170,10 +174,11 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
     return found
 
 
-def mean(records: list[dict], key: str) -> float:
-    """Mean over the layers; NaN where a method takes no statistics."""
-    values = [record[key] for record in records]
-    return math.nan if None in values else sum(values) / len(values)
+def output_error(W: Tensor, now: Tensor, gram: Tensor) -> float:
+    """||(W - now) R||_F / ||W R||_F with R R^T the Gram of the calibration tokens."""
+    gram = gram.to(W.device, torch.float64)
+    left, whole = (((E @ gram) * E).sum().item() for E in ((W - now).double(), W.double()))
+    return math.sqrt(left / whole)
 
 
 def show(rows: list[dict], about: str) -> None:

@@ -44,6 +44,8 @@ CPU_BATCH, GPU_BATCH = 1 << 22, 1 << 27
 """Most weights in a batch: bounds working memory, and fills a large GPU."""
 SOLVED_AT_ONCE = 3  # batches, on a GPU: one reads, one waits for the host, one computes
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
+CPU_GRAM_BATCH = 1 << 24
+"""The same where columns are rounded one by one: a column costs the same for many weights."""
 GRAM_LOAD = 2  # weights that one element of a Gram counts for: float64, several copies
 NANOSECONDS = {"cpu": 115.0, "cuda": 0.37}
 """Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
@@ -234,6 +236,7 @@ def make_plan(
         )
         for info in layout.layers
     )
+    gram = _needs_gram(config)
     by_tensor = {layer.info.tensor: layer for layer in layers}
     stored: list[TensorSpec] = []
     copied: list[TensorSpec] = []
@@ -247,7 +250,7 @@ def make_plan(
         config=config,
         layout=layout,
         layers=layers,
-        batches=_batches(layers, _batch_limit(device), gram=_needs_gram(config)),
+        batches=_batches(layers, _batch_limit(device, gram), gram=gram),
         copied=tuple(copied),
         shards=(),
         source_fingerprint=source.fingerprint(),
@@ -372,10 +375,10 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tup
     return tuple(Batch(name=f"batch-{k:05d}", layers=run) for k, run in enumerate(batches, 1))
 
 
-def _batch_limit(device: str) -> int:
+def _batch_limit(device: str, gram: bool) -> int:
     """Weights per batch: all that are in flight fill half of a small GPU, at most GPU_BATCH."""
     if not device.startswith("cuda"):
-        return CPU_BATCH
+        return CPU_GRAM_BATCH if gram else CPU_BATCH
     if not torch.cuda.is_available():
         return GPU_BATCH  # a plan for another machine
     memory = torch.cuda.get_device_properties(device).total_memory
