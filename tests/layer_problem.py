@@ -19,6 +19,7 @@ def statistics(n: int = 2, columns: int = IN, tokens: int = 1000) -> ProblemStat
     gram = x.mT @ x / tokens
     return ProblemStatistics(
         mean_square=gram.diagonal(dim1=1, dim2=2).double(),
+        largest_mean=x.abs().mean(1).double(),
         gram=gram,
         tokens=(tokens,) * n,
         dropped=(0,) * n,

@@ -30,6 +30,8 @@ def test_statistics_are_means_over_tokens():
     assert found.tokens == 50
     assert torch.allclose(found.gram.double(), double.T @ double / 50, atol=1e-6)
     assert torch.allclose(found.mean_square, double.square().mean(0), rtol=1e-6)
+    means = torch.stack([double[:20].abs().mean(0), double[20:].abs().mean(0)])
+    assert torch.allclose(found.largest_mean, means.amax(0), rtol=1e-6)
 
 
 def test_the_diagonal_alone_is_the_same_number():
@@ -63,6 +65,7 @@ def test_a_block_is_read_back_to_the_bit(tmp_path: Path):
         found = store.read(layer, "gram")
         assert torch.equal(found.gram, gram.gram)
         assert torch.equal(found.mean_square, gram.mean_square)
+        assert torch.equal(found.largest_mean, gram.largest_mean)
         assert found.tokens == 50
     assert store.read(q, "diagonal").gram is None
     assert torch.equal(store.read("pooler", "diagonal").mean_square, diagonal.mean_square)

@@ -14,6 +14,11 @@ from tolerances import FLOAT32_SOLVE
 NAMES = ("qera-approx", "qera-exact", "cloq", "fast")
 
 
+def exactly(name):
+    """The method with an exact SVD in place of the filter."""
+    return METHODS[name].with_options(solver="exact")
+
+
 def close(a, b, tolerance=FLOAT32_SOLVE):
     return (a - b).norm() <= tolerance * b.norm()
 
@@ -35,13 +40,15 @@ def test_the_record_holds_the_output_error_of_what_is_stored(name):
         assert record.tokens == 1000
 
 
-@pytest.mark.parametrize("name", ["qera-approx", "qera-exact"])
-def test_qera_is_plain_rounding_and_the_closed_form(name):
+@pytest.mark.parametrize("name", ["lqer", "qera-approx", "qera-exact"])
+def test_after_plain_rounding_the_correction_is_the_papers_closed_form(name):
     case = problem(known=statistics())
-    solution = METHODS[name].solve(case)
+    solution = exactly(name).solve(case)
     rounded, values = round_to_nearest(case.weights, case.spec, fit=case.scale_fit)
-    gram = case.statistics.gram
+    gram, a = case.statistics.gram, case.statistics.largest_mean
+    scale = a / (a.amin(1, keepdim=True) * a.amax(1, keepdim=True)).sqrt()
     root = {
+        "lqer": DiagonalRoot(scale.square(), damping=1e-4),
         "qera-approx": DiagonalRoot(gram.diagonal(dim1=1, dim2=2), damping=1e-4),
         "qera-exact": CholeskyRoot(gram, damping=1e-4),
     }[name]
@@ -53,7 +60,7 @@ def test_qera_is_plain_rounding_and_the_closed_form(name):
 
 def test_cloq_is_qera_exact_after_gptq():
     case = problem(known=statistics(), name="int2-g64-dq", fit="mse")
-    solution = METHODS["cloq"].solve(case)
+    solution = exactly("cloq").solve(case)
     gram = case.statistics.gram
     rounded, values = Gptq(gram, case.spec, fit="mse", damping=0.01)(case.weights)
     root = CholeskyRoot(gram, damping=0.01)
@@ -66,7 +73,7 @@ def test_cloq_is_qera_exact_after_gptq():
 def test_with_uncorrelated_inputs_approx_is_exact():
     h = torch.rand(2, IN, generator=torch.Generator().manual_seed(2)) + 0.1
     known = replace(statistics(), mean_square=h.double(), gram=torch.diag_embed(h))
-    approx, exact = (METHODS[n].solve(problem(known=known)) for n in NAMES[:2])
+    approx, exact = (exactly(n).solve(problem(known=known)) for n in NAMES[:2])
     for i in range(2):
         assert close(effective(approx, 1.0, i), effective(exact, 1.0, i))
 
@@ -78,7 +85,7 @@ def test_with_white_inputs_each_is_one_step_of_loftq(name):
         mean_square=torch.ones(2, IN, dtype=torch.float64),
         gram=torch.eye(IN).expand(2, -1, -1).contiguous(),
     )
-    found = METHODS[name].solve(problem(known=white))
+    found = exactly(name).solve(problem(known=white))
     loftq = METHODS["loftq"].with_options(iterations=1, solver="exact").solve(problem())
     for i in range(2):
         assert torch.equal(found.quantized[i].weight_packed, loftq.quantized[i].weight_packed)
@@ -90,6 +97,14 @@ def test_full_rank_leaves_nothing(name):
     case = problem(rank=OUT, known=statistics())
     solution = METHODS[name].solve(case)
     assert output_error(case, solution) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["lqer", *NAMES[:3]])
+def test_the_filter_ends_where_an_exact_svd_does(name):
+    case = problem(known=statistics(), name="int2-g64-dq", fit="mse")
+    filtered, exact = METHODS[name].solve(case), exactly(name).solve(case)
+    for one, other in zip(filtered.records, exact.records, strict=True):
+        assert one.errors[0] == pytest.approx(other.errors[0], rel=1e-5)
 
 
 def test_fast_is_ahead_of_every_reproduction_and_cloq_of_rounding_first():

@@ -7,7 +7,7 @@ from layer_problem import effective, problem, statistics
 from loftq.methods import METHODS, find_method
 from loftq.methods.base import relative_error
 
-CALIBRATED = ("fast", "qera-approx", "qera-exact", "cloq")
+CALIBRATED = ("fast", "lqer", "qera-approx", "qera-exact", "cloq")
 
 
 @pytest.mark.parametrize("name", METHODS)

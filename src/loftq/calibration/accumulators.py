@@ -1,9 +1,10 @@
 """Statistics of the inputs of a layer, summed token by token.
 
-Both kinds are means over tokens, without the factor 2 that GPTQ's code carries:
+Means are over tokens, without the factor 2 that GPTQ's code carries:
 
-    mean square    E[x_i^2]        (in_features,) float64
-    gram           E[x x^T]        (in_features, in_features) float32
+    mean square    E[x_i^2]                 (in_features,) float64
+    largest mean   max_windows mean |x_i|   (in_features,) float64, which LQER weighs by
+    gram           E[x x^T]                 (in_features, in_features) float32
 
 Squares are summed in float64. A Gram is summed in float32: each chunk is one float32 product (never
 TF32 or less), and what its rounding leaves, about 1e-7 of the largest element, lies far below any
@@ -27,6 +28,8 @@ class InputStatistics:
 
     mean_square: Tensor
     """E[x_i^2], (in_features,) float64."""
+    largest_mean: Tensor
+    """Largest mean of |x_i| over a window, (in_features,) float64."""
     gram: Tensor | None
     """E[x x^T], (in_features, in_features) float32, or None where only the diagonal was taken."""
     tokens: int
@@ -48,12 +51,13 @@ class Accumulator:
         assert kind in KINDS[1:], kind
         self.tokens = self.dropped = 0
         self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.largest = torch.zeros_like(self.squares)
         self.products: Tensor | None = None
         if kind == "gram":
             self.products = torch.zeros(in_features, in_features, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Count the rows of x (tokens, in_features), any float dtype.
+        """Count the tokens of one window, x (tokens, in_features) of any float dtype.
 
         A token with a value that is not finite is left out whole and counted in `dropped`.
         """
@@ -62,7 +66,11 @@ class Accumulator:
         if not finite.all():
             self.dropped += int((~finite).sum())
             x = x[finite]
+        if not len(x):
+            return
         self.tokens += len(x)
+        mean = x.abs().sum(0, dtype=torch.float64) / len(x)
+        self.largest = torch.maximum(self.largest, mean)
         self.squares += x.square().sum(0, dtype=torch.float64)
         if self.products is not None:
             with _full_float32(x.device):
@@ -82,6 +90,7 @@ class Accumulator:
             gram = lower + lower.tril(-1).mT
         return InputStatistics(
             mean_square=(self.squares / self.tokens).cpu(),
+            largest_mean=self.largest.cpu(),
             gram=gram,
             tokens=self.tokens,
             dropped=self.dropped,

@@ -257,8 +257,8 @@ class _Watch:
             return
         if first:
             self.sums[path] = Accumulator(self.layers[path], self.kind, x.device)
-        rows = x.reshape(-1, x.shape[-1])
-        self.sums[path].add(rows if self.mask.all() else rows[self.mask.reshape(-1)])
+        for window, mask in zip(x.reshape(*self.mask.shape, -1), self.mask, strict=True):
+            self.sums[path].add(window if mask.all() else window[mask])
 
 
 def layers_in(block: str, layers: Mapping[str, int], blocks: Sequence[str]) -> dict[str, int]:

@@ -70,6 +70,7 @@ class StatisticsStore:
         tensors: dict[str, Tensor] = {}
         for leader, found in statistics.items():
             tensors[f"{leader}.mean_square"] = found.mean_square.contiguous()
+            tensors[f"{leader}.largest_mean"] = found.largest_mean.contiguous()
             if found.gram is not None:
                 tensors[f"{leader}.gram"] = found.gram[_lower(len(found.gram))]
         grams = all(found.gram is not None for found in statistics.values())
@@ -101,9 +102,15 @@ class StatisticsStore:
         tokens, dropped = about["tokens"][leader]
         with safe_open(path, "pt") as file:
             mean_square = file.get_tensor(f"{leader}.mean_square")
+            largest_mean = file.get_tensor(f"{leader}.largest_mean")
             packed = file.get_tensor(f"{leader}.gram") if kind == "gram" else None
-        gram = None if packed is None else _unpacked(packed, len(mean_square))
-        return InputStatistics(mean_square=mean_square, gram=gram, tokens=tokens, dropped=dropped)
+        return InputStatistics(
+            mean_square=mean_square,
+            largest_mean=largest_mean,
+            gram=None if packed is None else _unpacked(packed, len(mean_square)),
+            tokens=tokens,
+            dropped=dropped,
+        )
 
     def _block_of(self, layer: str) -> str:
         """The block around a layer: the innermost path that has a file."""

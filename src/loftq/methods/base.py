@@ -81,7 +81,7 @@ class Method:
     needs: str = "none"
     """Statistics of the inputs that it must be given: none, diagonal or gram."""
     metric: str = "identity"
-    """What an error costs: identity, diagonal or gram (lowrank/metrics.py)."""
+    """What an error costs: identity, diagonal, largest-mean or gram (methods/parts.py)."""
     rounding: str = "rtn"
     """How weights become codes: rtn, gptq or gptq-descent (rounding)."""
     schedule: str = "alternate"

@@ -16,6 +16,5 @@ CLOQ = Method(
     rounding="gptq",
     metric_damping=0.01,
     iterations=1,
-    solver="exact",
     reproduction=True,
 )

@@ -48,6 +48,11 @@ def _diagonal(problem: LayerProblem, damping: float) -> Metric:
     return Metric(DiagonalRoot(known_inputs(problem).mean_square, damping=damping))
 
 
+def _largest_mean(problem: LayerProblem, damping: float) -> Metric:
+    """LQER's D_i = a_i / sqrt(min a max a): a constant factor, as its root, changes no B A."""
+    return Metric(DiagonalRoot(known_inputs(problem).largest_mean.square(), damping=damping))
+
+
 def _gram(problem: LayerProblem, damping: float) -> Metric:
     return Metric(CholeskyRoot(known_gram(problem), damping=damping, strict=problem.strict))
 
@@ -70,6 +75,7 @@ def _descent(problem: LayerProblem, gram: Tensor | None, damping: float) -> Desc
 METRICS = {
     "identity": MetricPart("none", lambda problem, damping: Metric()),
     "diagonal": MetricPart("diagonal", _diagonal),
+    "largest-mean": MetricPart("diagonal", _largest_mean),
     "gram": MetricPart("gram", _gram),
 }
 ROUNDINGS = {

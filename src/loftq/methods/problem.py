@@ -15,6 +15,8 @@ class ProblemStatistics:
 
     mean_square: Tensor
     """E[x_i^2], (n, in_features) float64."""
+    largest_mean: Tensor
+    """Largest mean of |x_i| over a calibration window, (n, in_features) float64."""
     gram: Tensor | None
     """E[x x^T], (n, in_features, in_features) float32, or None where no method needs it."""
     tokens: tuple[int, ...]

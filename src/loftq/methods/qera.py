@@ -15,7 +15,6 @@ QERA_APPROX = Method(
     needs="diagonal",
     metric="diagonal",
     iterations=1,
-    solver="exact",
     reproduction=True,
 )
 
@@ -26,6 +25,5 @@ QERA_EXACT = Method(
     needs="gram",
     metric="gram",
     iterations=1,
-    solver="exact",
     reproduction=True,
 )

@@ -109,6 +109,7 @@ def read_statistics(
     grams = [one.gram for one in found if one.gram is not None]
     return ProblemStatistics(
         mean_square=_stack([one.mean_square for one in found], device),
+        largest_mean=_stack([one.largest_mean for one in found], device),
         gram=_stack(grams, device) if grams else None,
         tokens=tuple(one.tokens for one in found),
         dropped=tuple(one.dropped for one in found),

@@ -192,8 +192,13 @@ class Plan:
         """Memory of the largest batches while they are solved, on the device that solves them."""
         gram = _needs_gram(self.config)
         sizes = sorted(sum(_load(x, gram) for x in batch.layers) for batch in self.batches)
-        at_once = SOLVED_AT_ONCE if self.device.startswith("cuda") else 1
-        return WORKING_BYTES * sum(sizes[-at_once:])
+        return WORKING_BYTES * sum(sizes[-self.solved_at_once :])
+
+    @property
+    def solved_at_once(self) -> int:
+        """Batches in flight. Rounding column by column keeps the host busy by itself."""
+        busy = _needs_gram(self.config) or not self.device.startswith("cuda")
+        return 1 if busy else SOLVED_AT_ONCE
 
 
 def make_plan(

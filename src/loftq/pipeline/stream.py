@@ -21,7 +21,7 @@ from torch import Tensor
 from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
 from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.layout import LayerInfo
-from loftq.pipeline.plan import SOLVED_AT_ONCE, Batch, Plan, Source
+from loftq.pipeline.plan import Batch, Plan, Source
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Solved:
 def solved_batches(
     plan: Plan, batches: Sequence[Batch], source: Source, statistics: Statistics | None = None
 ) -> Iterator[Solved]:
-    """Read and solve `batches`, in order; SOLVED_AT_ONCE of them at a time on a GPU.
+    """Read and solve `batches`, in order; several of them at a time on a GPU.
 
     Args:
         plan: what is to be done.
@@ -57,10 +57,10 @@ def solved_batches(
     torch.linalg.cholesky(torch.eye(1, device=device))
     waiting = iter(batches)
     ahead: deque[Future[Solved]] = deque()
-    with ThreadPoolExecutor(SOLVED_AT_ONCE, "solve", _own_stream, (device,)) as pool:
+    with ThreadPoolExecutor(plan.solved_at_once, "solve", _own_stream, (device,)) as pool:
         try:
             # One more than are solved at a time, so that no thread waits for the consumer.
-            for batch in islice(waiting, SOLVED_AT_ONCE + 1):
+            for batch in islice(waiting, plan.solved_at_once + 1):
                 ahead.append(pool.submit(_solved, plan, batch, source, device, statistics))
             while ahead:
                 done = ahead.popleft().result()

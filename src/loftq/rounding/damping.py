@@ -25,11 +25,9 @@ def damped(H: Tensor, damping: Tensor | float) -> Tensor:
         H: (n, in_features, in_features), symmetric; an all-zero matrix counts as mean 1.
         damping: d, one number or one for each matrix (n,).
     """
-    H = H.double()
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
+    out = H.to(torch.float64, copy=True)
+    mean = out.diagonal(dim1=-2, dim2=-1).mean(-1)
     unit = torch.where(mean > 0, mean, torch.ones_like(mean))
-    out = H.clone()
     out.diagonal(dim1=-2, dim2=-1).add_((unit * damping)[:, None])
     return out
 
