@@ -99,6 +99,18 @@ def test_the_result_does_not_depend_on_how_windows_are_cut(tmp_path: Path) -> No
         assert torch.allclose(found.gram, cut[path].gram, rtol=1e-4, atol=1e-6)
 
 
+def test_dropout_is_off_for_every_chunk_and_the_mode_is_put_back() -> None:
+    """The zoo's encoders have dropout: a chunk in training mode would differ."""
+    tokens, layers = windows(False), {"bert.encoder.layer.1.output.dense": zoo.ODD}
+    quiet, busy = zoo.build("bert"), zoo.build("bert").train()
+    expected, _ = gathered(LoadedBlocks(quiet), layers, tokens)
+    found, _ = gathered(LoadedBlocks(busy), layers, tokens)
+    assert busy.training
+    assert not quiet.training
+    for path in expected:
+        assert torch.equal(found[path].gram, expected[path].gram)
+
+
 def test_an_error_inside_a_forward_reaches_the_caller(tmp_path: Path) -> None:
     model = zoo.build("llama")
     tokens = windows(False)

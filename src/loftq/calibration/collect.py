@@ -87,6 +87,9 @@ def collect(
     pieces = zip(windows.ids.split(chunk), windows.mask.split(chunk), strict=True)
     runs = [_Run(model, ids, mask) for ids, mask in pieces]
     with ExitStack() as cleanup:
+        # Once for all runs: the first that ends must not turn dropout on for the others.
+        cleanup.callback(model.module.train, model.module.training)
+        model.module.eval()
         for run in runs:
             cleanup.callback(run.abandon)
         for block in model.blocks:

@@ -41,7 +41,7 @@ class LoadedBlocks:
         """Stays there."""
 
     def forward(self, ids: Tensor, mask: Tensor) -> object:
-        """The base model's forward in eval mode; a decoder behind an encoder reads the text too."""
+        """The base model's forward; a decoder behind an encoder reads the same text."""
         base = self.module.get_submodule(self.anatomy.base)
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
         if not mask.all():
@@ -50,12 +50,7 @@ class LoadedBlocks:
             inputs["decoder_input_ids"] = inputs["input_ids"]
             if "attention_mask" in inputs:
                 inputs["decoder_attention_mask"] = inputs["attention_mask"]
-        training = self.module.training
-        self.module.eval()
-        try:
-            return base(**inputs)
-        finally:
-            self.module.train(training)
+        return base(**inputs)
 
 
 class CheckpointBlocks(LoadedBlocks):

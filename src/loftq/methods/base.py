@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loftq.formats import QuantizedTensor
 from loftq.lowrank import LowRank
-from loftq.methods.parts import METRICS, NEEDS, ROUNDINGS, SCHEDULES, Parts, assemble, damping_used
+from loftq.methods.parts import METRICS, NEEDS, ROUNDINGS, SCHEDULES, Parts
 from loftq.methods.problem import LayerProblem, input_notes
 from loftq.rounding import output_error, round_to_nearest
 from loftq.schedules import Alternation, frobenius
@@ -142,8 +142,8 @@ class Method:
             ValueError: statistics that the method needs are missing.
             DampingError: strict, and a Gram needs more damping.
         """
-        parts = assemble(self, problem, _generator(problem.seeds))
-        found = SCHEDULES[self.schedule](self, problem, parts)
+        parts = Parts(self, problem, _generator(problem.seeds))
+        found = SCHEDULES[self.schedule](parts)
         factors = found.low_rank or fresh_adapter(problem.weights, problem.rank, problem.seeds)
         root = math.sqrt(problem.scaling)
         factors = LowRank(factors.B / root, factors.A / root)
@@ -164,7 +164,7 @@ class Method:
         )
         records = []
         for i, name in enumerate(problem.names):
-            damping, notes = damping_used(self, parts, i)
+            damping, notes = parts.damping_of(i)
             A, B = factors.A[i], factors.B[i]
             record = LayerRecord(
                 name=name,

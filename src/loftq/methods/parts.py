@@ -85,52 +85,59 @@ ROUNDINGS = {
 }
 
 
-@dataclass(frozen=True)
 class Parts:
-    """What a method needs to solve one problem."""
+    """What a row names, made for one problem.
 
-    metric: Metric
-    quantize: Quantize
-    """Rounding under the Gram of the inputs, where it looks at one."""
-    solver: Solver
-    """Best correction under the metric."""
-    leading: Solver
-    """A plain one, for eigenvectors."""
+    Args:
+        method: the row.
+        problem: the stack.
+        generator: of everything random.
+    """
+
+    def __init__(self, method: Method, problem: LayerProblem, generator: torch.Generator) -> None:
+        self.method, self.problem = method, problem
+        self.metric = METRICS[method.metric].make(problem, method.metric_damping)
+        self.leading: Solver = make_solver(method.solver, problem.rank, generator)
+        """A plain solver, for eigenvectors."""
+        plain = make_solver(method.solver, problem.rank, generator)
+        weighted = METRICS[method.metric].needs != "none"
+        self.solver: Solver = WhitenedSolver(plain, self.metric) if weighted else plain
+        """Best correction under the metric."""
+        self.asked = {"metric": method.metric_damping, "rounding": method.damping}
+        self.used: dict[str, Tensor] = {}
+        """Damping that each factorized Gram took, (n,)."""
+        self._record("metric", getattr(self.metric.input, "damping", None), 0.0)
+
+    def rounding(self, gram: Tensor | None = None) -> Quantize:
+        """The row's rounding under the Gram of the inputs, or under another, damped already."""
+        make, damping = ROUNDINGS[self.method.rounding].make, self.method.damping
+        made = make(self.problem, gram, damping if gram is None else 0.0)
+        before = 0.0 if gram is None else damping
+        self._record("rounding", getattr(made, "damping", None), before)
+        return made
+
+    def damping_of(self, i: int) -> tuple[float | None, tuple[str, ...]]:
+        """Largest damping of weight i's Gram, and notes where more was needed than asked for."""
+        used = {what: float(found[i]) for what, found in self.used.items()}
+        notes = tuple(
+            f"damping of the {what} raised from {self.asked[what]:g} to {value:g}: no Cholesky "
+            "factor"
+            for what, value in used.items()
+            if value > self.asked[what]
+        )
+        return max(used.values(), default=None), notes
+
+    def _record(self, what: str, used: Tensor | None, before: float) -> None:
+        if used is not None:
+            total = used + before
+            self.used[what] = torch.maximum(total, self.used.get(what, total))
 
 
-def assemble(method: Method, problem: LayerProblem, generator: torch.Generator) -> Parts:
-    """The parts that a row names, made for one problem."""
-    metric = METRICS[method.metric].make(problem, method.metric_damping)
-    plain = make_solver(method.solver, problem.rank, generator)
-    weighted = METRICS[method.metric].needs != "none"
-    return Parts(
-        metric=metric,
-        quantize=ROUNDINGS[method.rounding].make(problem, None, method.damping),
-        solver=WhitenedSolver(plain, metric) if weighted else plain,
-        leading=make_solver(method.solver, problem.rank, generator),
-    )
-
-
-def damping_used(method: Method, parts: Parts, i: int) -> tuple[float | None, tuple[str, ...]]:
-    """Largest damping of weight i's Gram, and notes where more was needed than asked for."""
-    asked = {"metric": method.metric_damping, "rounding": method.damping}
-    used = {
-        what: float(found[i])
-        for what, part in (("metric", parts.metric.input), ("rounding", parts.quantize))
-        if (found := getattr(part, "damping", None)) is not None
-    }
-    notes = tuple(
-        f"damping of the {what} raised from {asked[what]:g} to {value:g}: no Cholesky factor"
-        for what, value in used.items()
-        if value > asked[what]
-    )
-    return max(used.values(), default=None), notes
-
-
-def _alternate(method: Method, problem: LayerProblem, parts: Parts) -> Alternation:
+def _alternate(parts: Parts) -> Alternation:
+    method = parts.method
     return alternate(
-        problem.weights,
-        quantize=parts.quantize,
+        parts.problem.weights,
+        quantize=parts.rounding(),
         solver=parts.solver,
         iterations=method.iterations,
         order=method.order,
@@ -139,15 +146,15 @@ def _alternate(method: Method, problem: LayerProblem, parts: Parts) -> Alternati
     )
 
 
-def _project(method: Method, problem: LayerProblem, parts: Parts) -> Alternation:
-    root = parts.metric.input
+def _project(parts: Parts) -> Alternation:
+    root, method = parts.metric.input, parts.method
     assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
     if method.iterations == 0:
-        return _alternate(method, problem, parts)
+        return _alternate(parts)
     return project(
-        problem.weights,
+        parts.problem.weights,
         root=root.factor,
-        quantize_under=lambda gram: ROUNDINGS[method.rounding].make(problem, gram, 0.0),
+        quantize_under=parts.rounding,
         leading=parts.leading,
         solver=parts.solver,
         iterations=method.iterations,
