@@ -13,6 +13,8 @@ damping. Layers that read the very same tensor share one accumulator.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,17 +99,15 @@ class Accumulator:
         )
 
 
-class _full_float32:
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
     """Float32 products in float32, whatever precision the process allows for its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            torch.backends.cuda.matmul.allow_tf32 = self.before
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
