@@ -31,6 +31,7 @@ def planned(
             spec=parse_format(name),
             scale_fit="absmax",
             seed=0,
+            rank=rank,
         )
         for i, name in enumerate(formats)
     )
