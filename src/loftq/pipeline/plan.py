@@ -338,6 +338,12 @@ def _problems(
             f"{layout.architecture}: found no linear weight to quantize. Name them with "
             "targets=[...]; `loftq plan MODEL` lists what there is."
         )
+    elif not any(info.adapted for info in layout.layers):
+        problems.append(
+            f"{layout.architecture}: {', '.join(info.module for info in layout.layers)} would be "
+            "packed without an adapter, and nothing else is chosen, so that nothing could be "
+            "fine-tuned. Name layers of the blocks in targets too, or leave targets out."
+        )
     for info in layout.layers:
         entry = source.tensors[info.tensor]
         if info.adapted and config.rank > min(info.shape):
