@@ -31,7 +31,7 @@ def planned(
             spec=parse_format(name),
             scale_fit="absmax",
             seed=0,
-            rank=rank,
+            rank=8,
         )
         for i, name in enumerate(formats)
     )
