@@ -1,7 +1,8 @@
 """STS-B Spearman of encoders without any training, by format, fit and method.
 
     python benchmarks/quality/stsb.py MODEL_FOLDER... --data GLUE_STSB_FILE [--device cuda]
-        [--formats nf4 nf3 nf2 ...] [--fits absmax mse] [--rank 16] [--split-name test]
+        [--formats nf4 nf3 nf2 ...] [--fits absmax mse] [--rank 16]
+        [--methods qlora loftq qera-exact cloq fast --calibrate wikipedia_sample.jsonl.gz]
 
 One markdown row per model, format, fit and method; real packed weights and adapters throughout.
 `qlora` is plain rounding. These rows decide each format's default fit (formats/grids.py).
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--fits", nargs="+", default=("absmax", "mse"))
     parser.add_argument("--methods", nargs="+", default=("qlora", "loftq"))
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--calibrate", help="text for methods that need it")
+    parser.add_argument("--calibration-windows", type=int, default=128, help="documents of it")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -60,7 +63,14 @@ def main() -> None:
             for fit in args.fits:
                 for method in args.methods:
                     packed = pack(
-                        fresh(), format=name, scale_fit=fit, method=method, rank=args.rank
+                        fresh(),
+                        format=name,
+                        scale_fit=fit,
+                        method=method,
+                        rank=args.rank,
+                        data=args.calibrate,
+                        calibration_windows=args.calibration_windows,
+                        tokenizer=tokenizer,
                     )
                     print(
                         f"| {folder.name} | {name} | {fit} | {method} r{args.rank} | "

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loftq.calibration import StatisticsStore, TokenWindows
 from loftq.checkpoint import Checkpoint, open_checkpoint
-from loftq.integrations import artifact, discover, memory
+from loftq.integrations import artifact, calibrate, discover, memory
 from loftq.integrations.device import check_device, default_device
 from loftq.integrations.export import export
 from loftq.integrations.greedy import greedy_adapter
 from loftq.integrations.peft import load_adapter
 from loftq.pipeline.config import QuantizeConfig
+from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.run import JOURNAL, OnBatch, RunResult, run
 
@@ -43,7 +45,7 @@ def plan(
     chosen = device or default_device()
     if torch.cuda.is_available() or not chosen.startswith("cuda"):
         check_device(chosen)  # else it is a plan for another machine
-    return _prepare(model, chosen, max_shard_bytes, options)[2]
+    return _prepare(model, chosen, max_shard_bytes, options).plan
 
 
 def quantize(
@@ -55,6 +57,7 @@ def quantize(
     overwrite: bool = False,
     on_plan: Callable[[Plan], object] | None = None,
     on_batch: OnBatch | None = None,
+    on_block: calibrate.OnBlock = lambda path, done, total: None,
     **options: Any,
 ) -> RunResult:
     """Quantize a pretrained model into `output`: packed backbone, start adapter, records.
@@ -69,7 +72,8 @@ def quantize(
         overwrite: replace a finished output that was made with other settings.
         on_plan: called with the plan before the first weight is read.
         on_batch: called after each batch (pipeline.run.OnBatch).
-        **options: fields of `QuantizeConfig`: method, bits, format, rank, alpha, skip, ...
+        on_block: called when the statistics of a block are taken (calibrate.OnBlock).
+        **options: fields of `QuantizeConfig`: method, bits, format, rank, alpha, skip, data, ...
 
     Returns:
         RunResult: the plan, a record per layer, hashes, seconds.
@@ -80,18 +84,19 @@ def quantize(
     """
     chosen = device or default_device()
     check_device(chosen)
-    folder, source, planned = _prepare(model, chosen, max_shard_bytes, options)
-    target = Path(output)
-    _check_output(folder, target, overwrite=overwrite)
+    ready = _prepare(model, chosen, max_shard_bytes, options)
+    planned, target = ready.plan, Path(output)
+    _check_output(ready.folder, target, overwrite=overwrite)
     if on_plan is not None:
         on_plan(planned)
     name = str(model)
     result = run(
         planned,
-        source,
+        ready.source,
         target,
-        extra_files=lambda result: artifact.extra_files(result, folder, name, str(output)),
+        extra_files=lambda result: artifact.extra_files(result, ready.folder, name, str(output)),
         on_batch=on_batch,
+        statistics=ready.statistics(on_block),
     )
     kept = {shard.filename for shard in planned.shards}
     for stale in target.glob("loftq-?????-of-?????.safetensors"):
@@ -105,6 +110,7 @@ def quantize_model(
     *,
     device: str | None = None,
     on_batch: OnBatch | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> PeftModel:
     """Quantize a loaded transformers model in place and attach the adapters.
@@ -113,12 +119,15 @@ def quantize_model(
         model: a full-precision model; its linears are replaced one batch at a time.
         device: where to solve; None = where the model's weights are.
         on_batch: progress.
+        tokenizer: of the model, for methods that calibrate on `data`.
         **options: fields of `QuantizeConfig`.
 
     Returns:
         A PEFT model whose adapter is trainable and starts where the full-precision model was.
     """
-    return memory.quantize_model(model, _config(options), device=device, on_batch=on_batch)
+    return memory.quantize_model(
+        model, _config(options), device=device, on_batch=on_batch, tokenizer=tokenizer
+    )
 
 
 def load(
@@ -161,9 +170,32 @@ def load_base(folder: Path, *, embedding: str = "device", **kwargs: Any) -> PreT
     return model if device is None else model.to(device)
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A model that can be quantized."""
+
+    folder: Path
+    source: Checkpoint
+    plan: Plan
+    windows: TokenWindows | None
+
+    def statistics(self, on_block: calibrate.OnBlock) -> StatisticsStore | None:
+        """Those that the plan needs, taken now as far as they are not kept already."""
+        if self.windows is None:
+            return None
+        from loftq.integrations.blocks import CheckpointBlocks
+
+        return calibrate.take_statistics(
+            self.plan,
+            self.windows,
+            lambda: CheckpointBlocks(self.folder, self.source, torch.device(self.plan.device)),
+            on_block=on_block,
+        )
+
+
 def _prepare(
     model: str | Path, device: str, max_shard_bytes: int, options: Mapping[str, Any]
-) -> tuple[Path, Checkpoint, Plan]:
+) -> _Ready:
     config = _config(options)
     folder = discover.resolve_source(model)
     discover.refuse_unusable(folder)
@@ -176,8 +208,24 @@ def _prepare(
         embeddings=config.embeddings,
         tables=config.tables,
     )
-    planned = make_plan(config, layout, source, device=device, max_shard_bytes=max_shard_bytes)
-    return folder, source, planned
+    windows = _windows(config, layout, folder)
+    planned = make_plan(
+        config,
+        layout,
+        source,
+        device=device,
+        max_shard_bytes=max_shard_bytes,
+        calibration=calibrate.planned(config, windows, source.fingerprint(), device),
+    )
+    return _Ready(folder, source, planned, windows)
+
+
+def _windows(config: QuantizeConfig, layout: ModelLayout, folder: Path) -> TokenWindows | None:
+    """Calibration tokens; the tokenizer is loaded only for a method that needs them."""
+    if config.data is None or config.resolved_method().needs == "none":
+        return None
+    tokenizer = discover.load_tokenizer(folder)
+    return calibrate.read_windows(config, layout, tokenizer, discover.load_config(folder))
 
 
 def _check_output(source: Path, output: Path, *, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny_chat
 import zoo
 
 
@@ -104,7 +105,30 @@ def test_budgets_that_are_none_are_refused(loftq: Callable, model: Path) -> None
     small = loftq("plan", model, "--rank", 4, "--memory", "501MB")
     assert small.code == 1
     assert "nothing fits. The least that training this model takes is" in small.err
-    assert loftq("plan", model, "--data", "chats.jsonl").code == 2
+
+
+def test_data_is_calibration_text_unless_there_is_a_budget(
+    loftq: Callable, model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("one two three four five six " * 40)
+    calibrated = ("plan", model, "--rank", 4, "--method", "cloq", "--data", text)
+    found = loftq(*calibrated, "calibration_context=16", "--json").json
+    assert found["calibration"]["source"] == "some.txt"
+    refused = loftq(*calibrated, "--memory", "2GB")
+    assert refused.code == 1
+    assert "data is training data here. Quantize first" in refused.err
+    plain = loftq("plan", model, "--rank", 4, "--data", tmp_path / "some.txt")
+    assert "loftq needs no text" in plain.out
+
+
+def test_data_beside_a_budget_is_training_data(loftq: Callable, tmp_path: Path) -> None:
+    model = tiny_chat.write_model(tmp_path / "model")
+    text = tmp_path / "some.txt"
+    text.write_text("one two three four five six " * 40)
+    found = loftq("plan", model, "--rank", 4, "--data", text, "--memory", "2GB", "--json").json
+    assert "data" not in [choice["name"] for choice in found["choices"]]
+    assert found["training"]["tokens_per_epoch"] > 0
 
 
 def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def stored(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+@pytest.mark.parametrize("method", ["loftq", "cloq"])
+def test_tables_alone_are_refused(tmp_path: Path, method: str) -> None:
+    source = zoo.save(zoo.build("llama"), tmp_path / "source")
+    with pytest.raises(ValueError, match="lm_head would be packed without an adapter, and nothing"):
+        loftq.plan(source, rank=4, device="cpu", head=8, targets=["lm_head"], method=method)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "gpt2"])
 def test_tables_are_stored_in_8_bits_and_load(tmp_path: Path, name: str) -> None:
     model, out = quantized(tmp_path, name, **TABLES)

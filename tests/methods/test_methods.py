@@ -3,32 +3,17 @@ import math
 import pytest
 import torch
 
-from loftq.formats import parse_format
-from loftq.methods import METHODS, LayerProblem, find_method
+from layer_problem import effective, problem, statistics
+from loftq.methods import METHODS, find_method
 from loftq.methods.base import relative_error
 
-
-def problem(scaling=1.0, rank=8, n=2, fit="absmax", name="nf2-g64-dq"):
-    W = torch.randn(n, 96, 128, generator=torch.Generator().manual_seed(0))
-    return LayerProblem(
-        names=tuple(f"layer{i}" for i in range(n)),
-        weights=W,
-        spec=parse_format(name),
-        rank=rank,
-        scaling=scaling,
-        scale_fit=fit,
-        seeds=tuple(range(n)),
-    )
-
-
-def effective(solution, scaling, i=0):
-    return solution.quantized[i].dequantize() + scaling * solution.lora_B[i] @ solution.lora_A[i]
+CALIBRATED = ("fast", "lqer", "qera-approx", "qera-exact", "cloq")
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("scaling", [1.0, 0.25, 2.0, 16 / math.sqrt(8)])
 def test_record_is_the_error_of_what_is_stored(name, scaling):
-    case = problem(scaling)
+    case = problem(scaling, known=statistics() if name in CALIBRATED else None)
     solution = METHODS[name].solve(case)
     for i, record in enumerate(solution.records):
         difference = (case.weights[i] - effective(solution, scaling, i)).double().norm()
@@ -36,11 +21,12 @@ def test_record_is_the_error_of_what_is_stored(name, scaling):
         assert record.error == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["loftq", "loftq-paper", "qpissa"])
+@pytest.mark.parametrize("name", ["loftq", "loftq-paper", "qpissa", *CALIBRATED])
 @pytest.mark.parametrize("scaling", [0.25, 2.0, 5.66])
 def test_effective_start_is_the_same_for_every_alpha(name, scaling):
-    plain = METHODS[name].solve(problem())
-    scaled = METHODS[name].solve(problem(scaling))
+    known = statistics() if name in CALIBRATED else None
+    plain = METHODS[name].solve(problem(known=known))
+    scaled = METHODS[name].solve(problem(scaling, known=known))
     for i in range(2):
         assert torch.equal(plain.quantized[i].weight_packed, scaled.quantized[i].weight_packed)
         assert torch.allclose(effective(plain, 1.0, i), effective(scaled, scaling, i), atol=1e-5)

@@ -245,6 +245,15 @@ def test_options_of_a_quantization_are_refused_for_a_packed_model(
         train(out, chats, tmp_path / "run", bits=2, rank=8)
 
 
+def test_a_method_that_calibrates_is_sent_to_quantize_first(
+    train: Callable, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    for more in ({}, {"memory": "8GB"}):
+        with pytest.raises(TrainError, match=r"Quantize first .* --method cloq .* train OUT"):
+            train(model, chats, tmp_path / "run", method="cloq", **more)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_early_stop(train: Callable, out: Path, chats: Path, tmp_path: Path) -> None:
     result = train(
         out, chats, tmp_path / "run", learning_rate=3.0, max_steps=40, eval_steps=1, early_stop=2

@@ -32,8 +32,9 @@ def choices(plan: Plan, given: Set[str]) -> list[Choice]:
         plan: the plan.
         given: options that the user set; all others are defaults.
     """
-    return [_format(plan, given), _method(plan, given), _rank(plan, given), _alpha(plan, given),
-            _layers(plan, given), _fit(plan, given), _device(plan, given)]  # fmt: skip
+    return [_format(plan, given), _method(plan, given), *_data(plan, given), _rank(plan, given),
+            _alpha(plan, given), _layers(plan, given), _fit(plan, given),
+            _device(plan, given)]  # fmt: skip
 
 
 def _format(plan: Plan, given: Set[str]) -> Choice:
@@ -61,6 +62,17 @@ def _method(plan: Plan, given: Set[str]) -> Choice:
     if "iters" not in given:
         reason += ", and the best of 5 alternations is kept: more gain little"
     return Choice("method", value, reason)
+
+
+def _data(plan: Plan, given: Set[str]) -> list[Choice]:
+    """The calibration text, or that it is not looked at."""
+    known = plan.calibration
+    if known is not None:
+        value = f"{known.source}: {known.tokens:,} tokens, {known.windows} windows"
+        return [Choice("data", value, f"{known.kind} of each layer's inputs, without padding")]
+    if "data" not in given:
+        return []
+    return [Choice("data", "not used", f"{plan.config.method} needs no text")]
 
 
 def _rank(plan: Plan, given: Set[str]) -> Choice:

@@ -51,9 +51,21 @@ class Training:
 
 
 def within(model: str, memory: str, data: str | None, options: Mapping[str, Any]) -> Training:
-    """Choose what fits `memory`; what the user has set stays."""
+    """Choose what fits `memory`; what the user has set stays.
+
+    Args:
+        model: full-precision model.
+        memory: size of the card, such as 8GB.
+        data: training data; None = rows of any length.
+        options: of the quantization, only those that were given.
+
+    Raises:
+        ValueError: not a size, nothing fits, or a method that calibrates: data is training data.
+    """
+    from loftq.train.base import refuse_calibrated
     from loftq.train.memory import TrainingSettings, configurable, context_limit, fit, parse_size
 
+    refuse_calibrated(options.get("method"))
     budget = parse_size(memory)
     fixed = {key: options[key] for key in FIXABLE if key in options}
     if "format" in options or "engine" in options:
@@ -73,7 +85,7 @@ def within(model: str, memory: str, data: str | None, options: Mapping[str, Any]
     return Training(found, tokens)
 
 
-def show(out: Console, training: Training, model: str, data: str | None) -> None:
+def show(out: Console, training: Training) -> None:
     """For people: choices with reasons, bytes by part, time."""
     fit, peak = training.fit, training.fit.peak
     out.print(f"\ntraining within {console.size(fit.budget)}")

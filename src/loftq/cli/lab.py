@@ -27,25 +27,35 @@ def methods(as_json: options.AsJson = False) -> None:
         console.emit({"methods": [asdict(method) for method in METHODS.values()]})
         return
     shown = console.table(
-        "method", "paper", "T", "order", "keeps", "solver", "fit", "scales", "about"
+        "method",
+        "paper",
+        "needs",
+        "rounding",
+        "metric",
+        "T",
+        "schedule",
+        "keeps",
+        "solver",
+        "about",
     )
     for method in METHODS.values():
         shown.add_row(
             method.name + (" (reproduction)" if method.reproduction else ""),
             f"arXiv:{method.paper}" if method.paper else "ours",
+            method.needs,
+            method.rounding,
+            method.metric,
             str(method.iterations),
-            method.order,
+            method.order if method.schedule == "alternate" else method.schedule,
             method.keep,
             method.solver,
-            method.scale_fit or "any",
-            method.scale_coding or "any",
             method.summary,
         )
     out = console.screen()
     out.print(shown)
     out.print(
         "Every method takes every format. Keys override a choice: iters=, order=, solver=, "
-        "scale_fit=.",
+        "scale_fit=, damping=.",
         style="dim",
     )
 

@@ -30,11 +30,18 @@ Format = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(help="loftq (default) or qlora; `loftq lab methods` lists reproductions."),
+    typer.Option(
+        help="loftq (default), qlora, or fast, which calibrates on --data; `loftq lab methods` "
+        "lists reproductions."
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapters. Default 16.")]
 Alpha = Annotated[
     float | None, typer.Option(help="LoRA's alpha; the start is exact for any. Default: the rank.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Text to calibrate on, for methods that need it: .txt, .raw, .jsonl, .gz."),
 ]
 Targets = Annotated[
     list[str] | None,

@@ -38,7 +38,10 @@ def plan(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Training data: its longest row and its tokens (with --memory)."),
+        typer.Option(
+            help="Text to calibrate on, for methods that need it; with --memory the training data: "
+            "its longest row and its tokens."
+        ),
     ] = None,
     allow_uncovered: options.AllowUncovered = False,
     as_json: options.AsJson = False,
@@ -46,24 +49,24 @@ def plan(
     """Say what quantizing MODEL would take and give: bits, bytes, memory, time, where it serves."""
     flags = {
         "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
-        "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
-        "allow_uncovered": allow_uncovered,
+        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device,
+        "seed": seed, "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
-    if data is not None and memory is None:
-        raise typer.BadParameter("--data needs --memory, the budget to fit training into.")
     with console.answering(as_json=as_json):
         from loftq import api
         from loftq.cli.choices import choices
         from loftq.report import describe_plan
 
-        training, settled = None, dict(request.options)
+        training, settled, given = None, dict(request.options), request.given
         if memory is not None:
-            training = fitting.within(model, memory, data, settled)
+            rows = settled.pop("data", None)  # of the training, not of a calibration
+            training = fitting.within(model, memory, rows, settled)
             settled |= training.options
+            given -= {"data"}
         planned = api.plan(model, **settled)
         report = describe_plan(planned)
-        chosen = choices(planned, request.given)
+        chosen = choices(planned, given)
         free = None if output is None else _free(output)
     if as_json:
         made: dict[str, object] = {
@@ -84,7 +87,7 @@ def plan(
     _print_layers(out, report)
     _print_totals(out, report)
     if training is not None:
-        fitting.show(out, training, model, data)
+        fitting.show(out, training)
     if free is not None and free < report.disk_bytes:
         out.print(
             f"\n{output}: {console.size(free)} free, {console.size(report.disk_bytes)} needed. "
@@ -156,6 +159,15 @@ def _print_totals(out: Console, report: PlanReport) -> None:
         f"{console.duration(report.seconds)} on {report.device}",
         "a rough estimate of the solve; reading and writing come on top",
     )
+    if report.calibration is not None:
+        cost = report.calibration
+        lines.add_row(
+            "calibrate",
+            f"{console.duration(cost['seconds'])}, {console.size(cost['device_bytes'])} on "
+            f"{report.device}",
+            f"estimates; {console.size(cost['disk_bytes'])} of statistics in {cost['folder']}, "
+            "used again by other methods and widths",
+        )
     out.print(lines)
     print_serving(out, report)
 

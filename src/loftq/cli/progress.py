@@ -71,6 +71,13 @@ class QuantizeProgress:
         self._bar = Bar(self._console, "layers")
         self._bar.update(0, len(plan.layers), f"{duration(self._tally.seconds_left)} left")
 
+    def on_block(self, path: str, done: int, total: int) -> None:
+        """The statistics of a block are taken (integrations.calibrate.OnBlock)."""
+        assert self._tally is not None
+        assert self._bar is not None
+        layers = len(self._tally.plan.layers)
+        self._bar.update(0, layers, f"calibrating, {done} of {total} blocks")
+
     def on_batch(self, batch: Batch, records: list[Mapping[str, Any]], resumed: bool) -> None:
         """A batch is done (pipeline.run.OnBatch)."""
         assert self._tally is not None

@@ -33,6 +33,7 @@ def quantize(
     method: options.Method = None,
     rank: options.Rank = None,
     alpha: options.Alpha = None,
+    data: options.Data = None,
     targets: options.Targets = None,
     skip: options.Skip = None,
     engine: options.Engine = None,
@@ -49,8 +50,8 @@ def quantize(
     """Quantize MODEL: packed weights, the LoRA start that belongs to them, a record per layer."""
     flags = {
         "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
-        "targets": targets, "skip": skip, "engine": engine, "device": device, "seed": seed,
-        "allow_uncovered": allow_uncovered,
+        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device,
+        "seed": seed, "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
     out = console.screen(as_json=as_json)
@@ -86,6 +87,7 @@ def quantize(
                 overwrite=overwrite,
                 on_plan=begin,
                 on_batch=follow.on_batch,
+                on_block=follow.on_block,
                 **request.options,
             )
         except KeyboardInterrupt:

@@ -119,6 +119,7 @@ def provenance(result: RunResult, source_name: str) -> dict[str, Any]:
         "source": {"name": source_name, "fingerprint": plan.source_fingerprint},
         "config": plan.config.to_dict(),
         "scaling": plan.config.scaling,
+        "calibration": calibration_record(plan),
         "totals": totals(result),
         "backbone": result.backbone,
         "kept": [
@@ -132,6 +133,13 @@ def provenance(result: RunResult, source_name: str) -> dict[str, Any]:
         ],
         "tensors": dict(result.hashes),
     }  # fmt: skip
+
+
+def calibration_record(plan: Plan) -> dict[str, Any] | None:
+    """What the statistics were taken on; where they were kept meanwhile is nobody's business."""
+    if plan.calibration is None:
+        return None
+    return {key: value for key, value in plan.calibration.to_dict().items() if key != "folder"}
 
 
 def totals(result: RunResult) -> dict[str, Any]:

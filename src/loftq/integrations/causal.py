@@ -83,7 +83,7 @@ def open_causal(
     chosen = _adapter(folder, own, adapter)
     if chosen is None and not allow_bare:
         _refuse_bare(path, config)
-    tokenizer = load_tokenizer(_tokenizer_folder(folder, chosen))
+    tokenizer = discover.load_tokenizer(_tokenizer_folder(folder, chosen))
     base = discover.model_class(folder).from_pretrained(folder, dtype=dtype)
     _check_causal(folder, base)
     model: nn.Module = base if chosen is None else load_adapter(base, chosen)
@@ -96,24 +96,6 @@ def open_causal(
         dtype=base.dtype,
         packed=packed,
     )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        ValueError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # each tokenizer class fails in its own way
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be loaded ({reason[0] if reason else error!r}). Copy "
-            "the tokenizer files of the original model there."
-        ) from error
 
 
 def _folders(path: str | Path) -> tuple[Path, Path | None]:

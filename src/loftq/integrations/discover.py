@@ -35,8 +35,11 @@ from loftq.pipeline.layout import SHARES, KeptInfo, LayerInfo, ModelLayout
 
 __all__ = [
     "SourceError",
+    "build_model",
     "describe_folder",
     "describe_model",
+    "load_config",
+    "load_tokenizer",
     "model_class",
     "quantizable",
     "refuse_unusable",
@@ -145,10 +148,11 @@ def model_class(folder: Path) -> Any:
 
     A name counts only when it is a transformers model class for this very configuration.
     """
-    return _named_class(read_config(folder), _load_config(folder)) or AutoModel
+    return _named_class(read_config(folder), load_config(folder)) or AutoModel
 
 
-def _load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of the model in `folder`."""
     problem = remote_code_problem(folder, read_config(folder))
     if problem:
         raise SourceError(problem)
@@ -158,6 +162,24 @@ def _load_config(folder: Path) -> Any:
         raise SourceError(
             f"{folder / 'config.json'}: transformers does not accept it ({error}). Take the file "
             "from the original model."
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        SourceError: there is none, or transformers does not accept it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each tokenizer class fails in its own way
+        reason = str(error).strip().splitlines()
+        raise SourceError(
+            f"{folder}: its tokenizer cannot be loaded ({reason[0] if reason else error!r}). Copy "
+            "the tokenizer files of the original model there."
         ) from error
 
 
@@ -173,23 +195,28 @@ def _named_class(config: Mapping[str, Any], loaded: Any) -> Any:
     return None
 
 
-def meta_model(folder: Path) -> nn.Module:
-    """The model of `folder` on the meta device, in the class config.json names.
+def build_model(folder: Path) -> nn.Module:
+    """The model of config.json with fresh weights, in the class it names, else as AutoModel would.
 
     Raises:
         SourceError: transformers cannot build it.
     """
-    config = _load_config(folder)
+    config = load_config(folder)
     named = _named_class(read_config(folder), config)
     try:
-        with torch.device("meta"):
-            return named(config) if named else AutoModel.from_config(config)
+        return named(config) if named else AutoModel.from_config(config)
     except Exception as error:  # constructors fail in as many ways as there are models
         kind = named.__name__ if named else "AutoModel"
         raise SourceError(
             f"{folder}: {kind} cannot be built from config.json ({error}). Check the file, and "
             "that the packages this model needs are installed."
         ) from error
+
+
+def meta_model(folder: Path) -> nn.Module:
+    """The same on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return build_model(folder)
 
 
 def _describe(

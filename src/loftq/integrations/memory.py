@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from loftq.calibration import StatisticsStore, TokenWindows
 from loftq.checkpoint import DTYPE_NAMES, TensorEntry, backbone_hash
-from loftq.integrations import artifact, discover
+from loftq.integrations import artifact, calibrate, discover
+from loftq.integrations.blocks import LoadedBlocks
 from loftq.integrations.builders import BUILDERS
 from loftq.integrations.config import LoftqConfig
 from loftq.integrations.tied import share_packed_
 from loftq.integrations.transformers import attach
 from loftq.nn import pack_layer
 from loftq.pipeline.config import QuantizeConfig
+from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import ADAPTER_PREFIX, Plan, make_plan
 from loftq.pipeline.run import OnBatch, adapter_pair
 from loftq.pipeline.stream import solved_batches
@@ -57,6 +61,7 @@ def quantize_model(
     *,
     device: str | None = None,
     on_batch: OnBatch | None = None,
+    tokenizer: Any = None,
 ) -> PeftModel:
     """As `loftq.quantize_model`, with a ready configuration."""
     layout = discover.describe_model(
@@ -68,10 +73,40 @@ def quantize_model(
     )
     source = LoadedSource(model)
     where = device or str(next(model.parameters()).device)
-    plan = make_plan(config, layout, source, device=where)
+    windows = _windows(config, layout, tokenizer, model)
+    # Weights in memory have no fingerprint, so that their statistics are nobody else's.
+    with tempfile.TemporaryDirectory(prefix="loftq-") as place:
+        here = replace(config, statistics=place)
+        calibration = calibrate.planned(here, windows, "", where)
+        plan = make_plan(config, layout, source, device=where, calibration=calibration)
+        statistics = None
+        if windows is not None:
+            statistics = calibrate.take_statistics(plan, windows, lambda: LoadedBlocks(model))
+        return _packed(model, plan, source, statistics, on_batch)
+
+
+def _windows(
+    config: QuantizeConfig, layout: ModelLayout, tokenizer: Any, model: nn.Module
+) -> TokenWindows | None:
+    if config.data is not None and config.resolved_method().needs != "none" and tokenizer is None:
+        raise ValueError(
+            f"method={config.method} calibrates on {config.data}: pass the model's tokenizer too "
+            "(tokenizer=...)."
+        )
+    return calibrate.read_windows(config, layout, tokenizer, getattr(model, "config", None))
+
+
+def _packed(
+    model: nn.Module,
+    plan: Plan,
+    source: LoadedSource,
+    statistics: StatisticsStore | None,
+    on_batch: OnBatch | None,
+) -> PeftModel:
+    """Solve batch by batch and put the packed weights in place."""
     factors = {ADAPTER_PREFIX + spec.name: source.read(spec.name).float() for spec in plan.heads}
     hashes: dict[str, str] = {}
-    for done in solved_batches(plan, plan.batches, source):
+    for done in solved_batches(plan, plan.batches, source, statistics):
         batch, solution = done.batch, done.solution
         for i, layer in enumerate(batch.layers):
             home = source.read(layer.info.tensor).device

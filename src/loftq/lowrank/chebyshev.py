@@ -32,7 +32,8 @@ class ChebyshevSolver:
         self.block: Tensor | None = None
 
     def solve(self, E: Tensor) -> LowRank:
-        """Rank-r correction of each matrix of E (n, out_features, in_features) float32."""
+        """Rank-r correction of each matrix of E (n, out_features, in_features), in float32."""
+        E = E.float()
         if E.shape[-2] < E.shape[-1]:
             flipped = self._solve(E.mT)
             return LowRank(flipped.A.mT.contiguous(), flipped.B.mT.contiguous())

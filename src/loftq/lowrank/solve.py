@@ -58,7 +58,7 @@ def best_correction(E: Tensor, rank: int) -> LowRank:
     paper's A is our B and its B^T our A.
 
     Args:
-        E: W - Q, (out_features, in_features) float32.
+        E: W - Q, (out_features, in_features) float32 or float64.
         rank: 1 <= rank <= min(E.shape).
 
     Returns:

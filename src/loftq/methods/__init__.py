@@ -1,13 +1,29 @@
 """One row per method, one file per paper; each is a composition of the same parts."""
 
-from loftq.methods.base import LayerProblem, LayerRecord, LayerSolution, Method
+from loftq.methods.base import LayerRecord, LayerSolution, Method
+from loftq.methods.cloq import CLOQ
+from loftq.methods.fast import FAST
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
+from loftq.methods.lqer import LQER
+from loftq.methods.problem import LayerProblem, ProblemStatistics
+from loftq.methods.qera import QERA_APPROX, QERA_EXACT
 from loftq.methods.qlora import QLORA
 from loftq.methods.qpissa import QPISSA
 
-METHODS: dict[str, Method] = {m.name: m for m in (LOFTQ, QLORA, LOFTQ_PAPER, QPISSA)}
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (LOFTQ, QLORA, FAST, LOFTQ_PAPER, QPISSA, LQER, QERA_APPROX, QERA_EXACT, CLOQ)
+}
 
-__all__ = ["METHODS", "LayerProblem", "LayerRecord", "LayerSolution", "Method", "find_method"]
+__all__ = [
+    "METHODS",
+    "LayerProblem",
+    "LayerRecord",
+    "LayerSolution",
+    "Method",
+    "ProblemStatistics",
+    "find_method",
+]
 
 
 def find_method(name: str) -> Method:

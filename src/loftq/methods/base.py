@@ -1,38 +1,21 @@
-"""The problem every method solves, and a method as a row of choices over shared parts."""
+"""A method as a row of choices over shared parts, and what it makes of a problem."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loftq.formats import FormatSpec, QuantizedTensor
-from loftq.lowrank import LowRank, make_solver
-from loftq.rounding import round_to_nearest
-from loftq.schedules import alternate
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerProblem:
-    """A stack of same-shape weights to write as Q + scaling * B A."""
-
-    names: tuple[str, ...]
-    """Module paths, for records and errors."""
-    weights: Tensor
-    """(n, out_features, in_features) float32."""
-    spec: FormatSpec
-    """Format of Q."""
-    rank: int
-    """Rank of B A."""
-    scaling: float
-    """The factor LoRA puts before B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    scale_fit: str
-    """Rule that chooses a group's scale (formats/grids.py)."""
-    seeds: tuple[int, ...]
-    """One per weight: everything random about it derives from its own seed."""
+from loftq.formats import QuantizedTensor
+from loftq.lowrank import LowRank
+from loftq.methods.parts import METRICS, NEEDS, ROUNDINGS, SCHEDULES, Parts
+from loftq.methods.problem import LayerProblem, input_notes
+from loftq.rounding import output_error, round_to_nearest
+from loftq.schedules import Alternation, frobenius
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +34,21 @@ class LayerRecord:
     error: float
     """||W - Q - scaling B A||_F / ||W||_F of what is stored, decoded scales and scaled factors."""
     errors: tuple[float, ...]
-    """The same after each alternation, before the factors are scaled."""
+    """The same after each step of the schedule, before the factors are scaled; in the method's
+    metric, so an output error where that is the Gram."""
     kept: int
     """Alternation whose result is stored (1-based); 0 = plain rounding."""
     bits_per_weight: float
     """Backbone bytes over weights, scales and zeros included."""
+    output_error: float | None = None
+    """||(W - Q - scaling B A) R||_F / ||W R||_F, R R^T = E[x x^T] of the calibration tokens, not
+    damped; None without statistics, and as if inputs were uncorrelated with a diagonal alone."""
+    plain_output_error: float | None = None
+    """The same of rounding to nearest alone."""
+    tokens: int | None = None
+    """Calibration tokens counted."""
+    damping: float | None = None
+    """Largest damping used, relative to the mean of the Gram's diagonal; None without a Gram."""
     notes: tuple[str, ...] = ()
     """Anything that did not go the plain way: fallbacks, extra damping."""
 
@@ -86,9 +79,19 @@ class Method:
     summary: str
     """One line for tables and --help."""
     needs: str = "none"
-    """Statistics it must be given: none, diagonal, gram, fisher or block_inputs."""
+    """Statistics of the inputs that it must be given: none, diagonal or gram."""
+    metric: str = "identity"
+    """What an error costs: identity, diagonal, largest-mean or gram (methods/parts.py)."""
+    rounding: str = "rtn"
+    """How weights become codes: rtn, gptq or gptq-descent (rounding)."""
+    schedule: str = "alternate"
+    """How rounding and correction take turns: alternate or projection (schedules)."""
+    damping: float = 0.01
+    """Of the Gram that rounds, relative to the mean of its diagonal."""
+    metric_damping: float = 1e-4
+    """Of the metric, in the same unit."""
     iterations: int = 5
-    """Alternations T; 0 rounds once and starts with a zero product."""
+    """Steps T of the schedule; 0 rounds once and starts with a zero product."""
     order: str = "quantize-first"
     """Half-step that comes first (schedules/alternate.py)."""
     keep: str = "best"
@@ -102,10 +105,26 @@ class Method:
     reproduction: bool = False
     """A paper's algorithm to the letter, listed by `loftq lab methods`, not by --help."""
 
+    def __post_init__(self) -> None:
+        for choice, known in (
+            (self.metric, METRICS),
+            (self.rounding, ROUNDINGS),
+            (self.schedule, SCHEDULES),
+        ):
+            assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
+        wanted = (METRICS[self.metric].needs, ROUNDINGS[self.rounding].needs)
+        assert NEEDS.index(self.needs) >= max(map(NEEDS.index, wanted)), f"{self.name}: needs"
+
     @property
     def adapter_required(self) -> bool:
-        """Whether Q is not simply round(W), so that it is worse without its adapter."""
-        return self.iterations > 1 or (self.iterations == 1 and self.order == "correct-first")
+        """Whether Q is not W rounded by itself, so that it is worse without its adapter."""
+        ahead = self.order == "correct-first" or self.schedule != "alternate"
+        return self.iterations > 1 or (self.iterations == 1 and ahead)
+
+    @property
+    def step_cost(self) -> float:
+        """Time of one step relative to rounding to nearest with its correction; plans only."""
+        return ROUNDINGS[self.rounding].cost
 
     def with_options(self, **options: Any) -> Method:
         """A copy with other choices, e.g. iterations=1; None leaves a choice as it is."""
@@ -114,29 +133,41 @@ class Method:
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Quantize the stack and find its adapters.
 
-        Minimises ||W - Q - s B A||_F over Q in the format and rank(B A) <= r by alternation; s is
-        part of the problem: both factors are divided by sqrt(s), so the effective start is the
-        same for every alpha (neither the paper's code nor PEFT's does this).
+        Minimises ||(W - Q - s B A) R|| over Q in the format and rank(B A) <= r, R the root of the
+        method's metric (identity: the Frobenius norm). s is part of the problem: both factors are
+        divided by sqrt(s), so the effective start is the same for every alpha (neither the paper's
+        code nor PEFT's does this).
+
+        Raises:
+            ValueError: statistics that the method needs are missing.
+            DampingError: strict, and a Gram needs more damping.
         """
-        W, spec = problem.weights, problem.spec
-        solver = make_solver(self.solver, problem.rank, _generator(problem.seeds))
-        found = alternate(
-            W,
-            quantize=lambda target: round_to_nearest(target, spec, fit=problem.scale_fit),
-            solver=solver,
-            iterations=self.iterations,
-            order=self.order,
-            keep=self.keep,
-        )
-        factors = found.low_rank or fresh_adapter(W, problem.rank, problem.seeds)
+        parts = Parts(self, problem, _generator(problem.seeds))
+        found = SCHEDULES[self.schedule](parts)
+        factors = found.low_rank or fresh_adapter(problem.weights, problem.rank, problem.seeds)
         root = math.sqrt(problem.scaling)
-        lora_B, lora_A = factors.B / root, factors.A / root
-        values = found.rounded.decode()
-        quantized = tuple(found.rounded.pack(i) for i in range(len(W)))
-        plain, kept = found.plain_error.tolist(), found.kept.tolist()
-        errors = found.errors.mT.tolist()
-        records = tuple(
-            LayerRecord(
+        factors = LowRank(factors.B / root, factors.A / root)
+        return LayerSolution(
+            quantized=tuple(found.rounded.pack(i) for i in range(len(problem.names))),
+            lora_A=factors.A,
+            lora_B=factors.B,
+            records=self._records(problem, parts, found, factors),
+        )
+
+    def _records(
+        self, problem: LayerProblem, parts: Parts, found: Alternation, factors: LowRank
+    ) -> tuple[LayerRecord, ...]:
+        W, spec, values = problem.weights, problem.spec, found.rounded.decode()
+        plain, plain_output = self._plain_errors(problem, found)
+        output = _output_errors(
+            problem, lambda i: W[i] - values[i] - problem.scaling * (factors.B[i] @ factors.A[i])
+        )
+        kept, errors = found.kept.tolist(), found.errors.mT.tolist()
+        records = []
+        for i, name in enumerate(problem.names):
+            damping, notes = parts.damping_of(i)
+            A, B = factors.A[i], factors.B[i]
+            record = LayerRecord(
                 name=name,
                 method=self.name,
                 format=str(spec),
@@ -145,14 +176,29 @@ class Method:
                 scaling=problem.scaling,
                 solver=self.solver,
                 plain_error=plain[i],
-                error=relative_error(W[i], values[i], lora_B[i], lora_A[i], problem.scaling),
+                error=relative_error(W[i], values[i], B, A, problem.scaling),
                 errors=tuple(errors[i]),
                 kept=kept[i],
                 bits_per_weight=spec.bits_per_weight(W.shape[1], W.shape[2]),
+                output_error=output[i],
+                plain_output_error=plain_output[i],
+                tokens=problem.statistics.tokens[i] if problem.statistics else None,
+                damping=damping,
+                notes=(*notes, *input_notes(problem, i)),
             )
-            for i, name in enumerate(problem.names)
-        )
-        return LayerSolution(quantized=quantized, lora_A=lora_A, lora_B=lora_B, records=records)
+            records.append(record)
+        return tuple(records)
+
+    def _plain_errors(
+        self, problem: LayerProblem, found: Alternation
+    ) -> tuple[list[float], list[float | None]]:
+        """Weight and output error of rounding to nearest alone."""
+        W = problem.weights
+        if problem.statistics is None and found.plain_error is not None:
+            return found.plain_error.tolist(), [None] * len(W)
+        E = W - round_to_nearest(W, problem.spec, fit=problem.scale_fit)[1]
+        weight = frobenius(E) / frobenius(W).clamp_min(torch.finfo(torch.float32).tiny)
+        return weight.tolist(), _output_errors(problem, lambda i: E[i])
 
 
 def fresh_adapter(W: Tensor, rank: int, seeds: tuple[int, ...]) -> LowRank:
@@ -182,6 +228,20 @@ def relative_error(W: Tensor, Q: Tensor, B: Tensor, A: Tensor, scaling: float) -
         total[0] += (left - Q[at] - scaling * (B[at] @ A)).square().sum()
     difference, norm = total.tolist()
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)
+
+
+def _output_errors(problem: LayerProblem, residual: Callable[[int], Tensor]) -> list[float | None]:
+    """||E R||_F / ||W R||_F of each residual E, in float64; None without statistics."""
+    known = problem.statistics
+    if known is None:
+        return [None] * len(problem.names)
+    found: list[float | None] = []
+    for i, W in enumerate(problem.weights):
+        gram = known.mean_square[i].diag() if known.gram is None else known.gram[i]
+        both = output_error(torch.stack([residual(i), W]), gram)
+        left, whole = both.clamp_min(0).sqrt().tolist()
+        found.append(left / whole if whole else left)
+    return found
 
 
 def _generator(seeds: tuple[int, ...]) -> torch.Generator:

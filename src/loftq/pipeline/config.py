@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from loftq.formats import FITS, FormatSpec, parse_format
 from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
+from loftq.rounding import MOST_DAMPING
 
 CONFIG_VERSION = 1
 
@@ -31,7 +32,7 @@ class QuantizeConfig:
     """Every choice of `loftq quantize`; the command line's flags and key=value pairs."""
 
     method: str = "loftq"
-    """Row of the method table: loftq, qlora, loftq-paper, qpissa."""
+    """Row of the method table: loftq, qlora, fast, and the reproductions of `loftq lab methods`."""
     bits: float = 4
     """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does."""
     format: str | None = None
@@ -67,6 +68,19 @@ class QuantizeConfig:
     """Of everything random; each weight derives its own from it and its name."""
     allow_uncovered: bool = False
     """Accept a model of which over a fifth of the linear weights would stay 16-bit."""
+    data: str | None = None
+    """Text to calibrate on (.txt, .raw, .jsonl, also .gz) for methods that need it; never changes
+    which method runs."""
+    calibration_windows: int = 128
+    """Most windows of text."""
+    calibration_context: int = 1024
+    """Tokens of a window; shortened to what the model takes."""
+    statistics: str | None = None
+    """Folder that keeps statistics for other methods and widths; None = the user's cache."""
+    damping: float | None = None
+    """Added to a Gram's diagonal, relative to its mean; None = the method's own."""
+    strict: bool = False
+    """Raise instead of recording extra damping or calibration tokens that had to be left out."""
     engine: str | None = None
     """Serve with transformers, vllm or llama.cpp: picks a format that it can hold."""
 
@@ -85,6 +99,16 @@ class QuantizeConfig:
             )
         if self.iters is not None and self.iters < 0:
             return f"iters={self.iters}: must be 0 (plain rounding) or more."
+        if self.calibration_windows < 1 or self.calibration_context < 1:
+            return (
+                f"calibration_windows={self.calibration_windows}, "
+                f"calibration_context={self.calibration_context}: must be at least 1."
+            )
+        if self.damping is not None and not 0 <= self.damping <= MOST_DAMPING:
+            return (
+                f"damping={self.damping}: must lie between 0 and {MOST_DAMPING:g} times the mean "
+                "of the Gram's diagonal."
+            )
         if self.engine is not None and (self.format is not None or self.bits != 4):
             return (
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
@@ -125,7 +149,11 @@ class QuantizeConfig:
     def resolved_method(self) -> Method:
         """The method with this configuration's own choices put in."""
         return find_method(self.method).with_options(
-            iterations=self.iters, solver=self.solver, order=self.order
+            iterations=self.iters,
+            solver=self.solver,
+            order=self.order,
+            damping=self.damping,
+            metric_damping=self.damping,
         )
 
     def default_format(self) -> FormatSpec:

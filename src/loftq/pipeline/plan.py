@@ -21,6 +21,12 @@ from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
+from loftq.pipeline.calibration import (
+    Calibration,
+    CalibrationCost,
+    calibration_cost,
+    missing_data,
+)
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
 
@@ -42,6 +48,9 @@ ROUNDED_AT_ONCE = 1 << 22
 """Weights of a layer without an adapter that are rounded at a time: whole rows of it."""
 SOLVED_AT_ONCE = 3  # batches, on a GPU: one reads, one waits for the host, one computes
 WORKING_BYTES = 45  # of memory for each weight being solved, measured
+CPU_GRAM_BATCH = 1 << 24
+"""The same where columns are rounded one by one: a column costs the same for many weights."""
+GRAM_LOAD = 2  # weights that one element of a Gram counts for: float64, several copies
 NANOSECONDS = {"cpu": 115.0, "cuda": 0.37}
 """Measured time of one alternation per weight at rank 64 (docs/benchmarks.md); plans only."""
 
@@ -97,13 +106,15 @@ class Batch:
 
     name: str
     layers: tuple[PlannedLayer, ...]
+    gram: bool = False
+    """Whether the method needs the Gram of their inputs; layers without an adapter never do."""
 
     @property
     def working_bytes(self) -> int:
         """Memory while it is solved; layers without an adapter go by panels of rows."""
-        weights = sum(layer.weights for layer in self.layers)
         if self.layers[0].rank:
-            return WORKING_BYTES * weights
+            return WORKING_BYTES * sum(_load(layer, self.gram) for layer in self.layers)
+        weights = sum(layer.weights for layer in self.layers)
         packed = sum(spec.nbytes for layer in self.layers for spec in layer.packed())
         return packed + WORKING_BYTES * min(weights, ROUNDED_AT_ONCE)
 
@@ -123,6 +134,8 @@ class Plan:
     source_fingerprint: str
     source_bytes: int
     device: str
+    calibration: Calibration | None = None
+    """Tokens and statistics; None for methods that need none."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,6 +150,7 @@ class Plan:
             "device": self.device.split(":")[0],
             "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
             "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
+            "statistics": self.calibration.fingerprint if self.calibration else "",
         }
 
     @property
@@ -178,17 +192,30 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Rough time of the solve on this device; reading and writing come on top."""
-        steps = max(1, self.config.resolved_method().iterations)
-        kind = self.device.split(":")[0]
+        method, kind = self.config.resolved_method(), self.device.split(":")[0]
+        steps = max(1, method.iterations) * method.step_cost
         rounds = sum(layer.weights * (steps if layer.rank else 1) for layer in self.layers)
         return rounds * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
+
+    @property
+    def calibration_cost(self) -> CalibrationCost | None:
+        """Of taking the statistics, where they are not kept from an earlier run."""
+        if self.calibration is None:
+            return None
+        infos = [layer.info for layer in self.layers if layer.rank]
+        return calibration_cost(self.calibration, infos, self.device)
 
     @property
     def working_bytes(self) -> int:
         """Memory of the largest batches while they are solved, on the device that solves them."""
         sizes = sorted(batch.working_bytes for batch in self.batches)
-        at_once = SOLVED_AT_ONCE if self.device.startswith("cuda") else 1
-        return sum(sizes[-at_once:])
+        return sum(sizes[-self.solved_at_once :])
+
+    @property
+    def solved_at_once(self) -> int:
+        """Batches in flight. Rounding column by column keeps the host busy by itself."""
+        busy = _needs_gram(self.config) or not self.device.startswith("cuda")
+        return 1 if busy else SOLVED_AT_ONCE
 
     @property
     def adapter_parameters(self) -> int:
@@ -203,14 +230,27 @@ def make_plan(
     *,
     device: str = "cpu",
     max_shard_bytes: int = 5_000_000_000,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Plan the quantization of a checkpoint; reads nothing but its headers.
+
+    Args:
+        config: the choices.
+        layout: of the model.
+        source: its weights.
+        device: that solves.
+        max_shard_bytes: size at which the weights are split over files.
+        calibration: tokens and statistics; not looked at by methods that need none.
 
     Raises:
         PlanError: anything that would fail later, all of it at once.
     """
     specs = planned_formats(config, layout)
     problems = _problems(config, layout, source, specs)
+    if config.resolved_method().needs == "none":
+        calibration = None
+    else:
+        problems += _unmet(config, layout, calibration)
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise PlanError("\n".join([*problems[:SHOWN], *more]))
@@ -224,6 +264,7 @@ def make_plan(
         )
         for info in layout.layers
     )
+    gram = _needs_gram(config)
     by_tensor = {layer.info.tensor: layer for layer in layers}
     stored: list[TensorSpec] = []
     copied: list[TensorSpec] = []
@@ -237,12 +278,13 @@ def make_plan(
         config=config,
         layout=layout,
         layers=layers,
-        batches=_batches(layers, _batch_limit(device)),
+        batches=_batches(layers, _batch_limit(device, gram), gram=gram),
         copied=tuple(copied),
         shards=(),
         source_fingerprint=source.fingerprint(),
         source_bytes=sum(entry.nbytes for entry in source.tensors.values()),
         device=device,
+        calibration=calibration,
     )
     shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
     return replace(plan, shards=(*shards, ShardFile.plan(ADAPTER_FILE, _adapter_tensors(plan))))
@@ -296,6 +338,12 @@ def _problems(
             f"{layout.architecture}: found no linear weight to quantize. Name them with "
             "targets=[...]; `loftq plan MODEL` lists what there is."
         )
+    elif not any(info.adapted for info in layout.layers):
+        problems.append(
+            f"{layout.architecture}: {', '.join(info.module for info in layout.layers)} would be "
+            "packed without an adapter, and nothing else is chosen, so that nothing could be "
+            "fine-tuned. Name layers of the blocks in targets too, or leave targets out."
+        )
     for info in layout.layers:
         entry = source.tensors[info.tensor]
         if info.adapted and config.rank > min(info.shape):
@@ -324,6 +372,29 @@ def _problems(
     return problems
 
 
+def _unmet(
+    config: QuantizeConfig, layout: ModelLayout, calibration: Calibration | None
+) -> list[str]:
+    """What a method that needs statistics lacks."""
+    problems = [] if calibration is not None else [missing_data(config.method)]
+    embedded = [x.module for x in layout.layers if x.kind == "embedding" and x.adapted]
+    if embedded:
+        problems.append(
+            f"{embedded[0]}: an embedding has no inputs to calibrate on. Leave embeddings=true "
+            f"out, or choose a method that needs no text instead of {config.method}."
+        )
+    return problems
+
+
+def _needs_gram(config: QuantizeConfig) -> bool:
+    return config.resolved_method().needs == "gram"
+
+
+def _load(layer: PlannedLayer, gram: bool) -> int:
+    """Weights of a layer, its Gram counted as if it were weights."""
+    return layer.weights + (GRAM_LOAD * layer.info.shape[1] ** 2 if gram else 0)
+
+
 def _fit(config: QuantizeConfig, spec: FormatSpec) -> str:
     if config.scale_fit is not None:
         return config.scale_fit
@@ -338,24 +409,27 @@ def _seed(seed: int, module: str) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _batches(layers: tuple[PlannedLayer, ...], limit: int) -> tuple[Batch, ...]:
+def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tuple[Batch, ...]:
     """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
     groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
     for layer in layers:
         key: tuple[object, ...] = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
         key += () if layer.rank else (layer.info.module,)  # a large table is a batch of its own
         runs = groups.setdefault(key, [[]])
-        if runs[-1] and (len(runs[-1]) + 1) * layer.weights > limit:
+        if runs[-1] and (len(runs[-1]) + 1) * _load(layer, gram) > limit:
             runs.append([])
         runs[-1].append(layer)
     batches = [tuple(run) for runs in groups.values() for run in runs]
-    return tuple(Batch(name=f"batch-{k:05d}", layers=run) for k, run in enumerate(batches, 1))
+    return tuple(
+        Batch(name=f"batch-{k:05d}", layers=run, gram=gram and run[0].rank > 0)
+        for k, run in enumerate(batches, 1)
+    )
 
 
-def _batch_limit(device: str) -> int:
+def _batch_limit(device: str, gram: bool) -> int:
     """Weights per batch: all that are in flight fill half of a small GPU, at most GPU_BATCH."""
     if not device.startswith("cuda"):
-        return CPU_BATCH
+        return CPU_GRAM_BATCH if gram else CPU_BATCH
     if not torch.cuda.is_available():
         return GPU_BATCH  # a plan for another machine
     memory = torch.cuda.get_device_properties(device).total_memory

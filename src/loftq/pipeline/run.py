@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
 from loftq.methods import LayerSolution
+from loftq.pipeline.calibration import Statistics
 from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, PlannedLayer, adapter_names
 from loftq.pipeline.stream import solved_batches, union_seconds
 
@@ -51,6 +52,7 @@ def run(
     *,
     extra_files: Callable[[RunResult], Mapping[str, bytes]],
     on_batch: OnBatch | None = None,
+    statistics: Statistics | None = None,
 ) -> RunResult:
     """Quantize `source` into the folder `output`; continues an interrupted run of the same plan.
 
@@ -60,6 +62,7 @@ def run(
         output: folder; made if missing.
         extra_files: the files that accompany the weights, config.json last.
         on_batch: progress.
+        statistics: of the inputs, for a plan with a calibration.
 
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named. Once the source is repaired
@@ -83,7 +86,7 @@ def run(
             pending: Future[float] | None = None
             if REST not in known:
                 pending = pool.submit(_copy_rest, plan, source, writer)
-            for done in solved_batches(plan, todo, source):
+            for done in solved_batches(plan, todo, source, statistics):
                 spans[done.batch.name] = done.begin, done.end
                 if pending is not None:
                     pending.result()

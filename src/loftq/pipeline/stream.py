@@ -20,9 +20,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from loftq.methods import LayerProblem, LayerSolution
+from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
+from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.layout import LayerInfo
-from loftq.pipeline.plan import SOLVED_AT_ONCE, Batch, Plan, Source
+from loftq.pipeline.plan import Batch, Plan, Source
 from loftq.pipeline.rounded import LARGEST, not_usable, round_layer
 
 
@@ -36,8 +37,16 @@ class Solved:
     end: float
 
 
-def solved_batches(plan: Plan, batches: Sequence[Batch], source: Source) -> Iterator[Solved]:
-    """Read and solve `batches`, in order; SOLVED_AT_ONCE of them at a time on a GPU.
+def solved_batches(
+    plan: Plan, batches: Sequence[Batch], source: Source, statistics: Statistics | None = None
+) -> Iterator[Solved]:
+    """Read and solve `batches`, in order; several of them at a time on a GPU.
+
+    Args:
+        plan: what is to be done.
+        batches: the batches of it that are left.
+        source: the weights.
+        statistics: of the inputs, for a plan with a calibration.
 
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named.
@@ -45,22 +54,22 @@ def solved_batches(plan: Plan, batches: Sequence[Batch], source: Source) -> Iter
     device = torch.device(plan.device)
     if device.type == "cpu":
         for batch in batches:
-            yield _solved(plan, batch, source, device)
+            yield _solved(plan, batch, source, device, statistics)
         return
     # torch loads its GPU linear algebra at the first call, and fails if threads race for it.
     torch.linalg.cholesky(torch.eye(1, device=device))
     waiting = iter(batches)
     ahead: deque[Future[Solved]] = deque()
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(SOLVED_AT_ONCE, "solve", _settle, (device,)) as pool:
+    with ThreadPoolExecutor(plan.solved_at_once, "solve", _settle, (device,)) as pool:
         try:
             # One more than are solved at a time, so that no thread waits for the consumer.
-            for batch in islice(waiting, SOLVED_AT_ONCE + 1):
-                ahead.append(pool.submit(_solved, plan, batch, source, device))
+            for batch in islice(waiting, plan.solved_at_once + 1):
+                ahead.append(pool.submit(_solved, plan, batch, source, device, statistics))
             while ahead:
                 done = ahead.popleft().result()
                 if (following := next(waiting, None)) is not None:
-                    ahead.append(pool.submit(_solved, plan, following, source, device))
+                    ahead.append(pool.submit(_solved, plan, following, source, device, statistics))
                 yield done
         finally:
             pool.shutdown(cancel_futures=True)
@@ -81,7 +90,9 @@ def oriented(weight: Tensor, info: LayerInfo) -> Tensor:
     return weight.mT if info.kind == "conv1d" else weight
 
 
-def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
+def solve_batch(
+    plan: Plan, batch: Batch, weights: Tensor, known: ProblemStatistics | None = None
+) -> LayerSolution:
     """The method's solution of one batch; weights (n, out_features, in_features) float32."""
     first = batch.layers[0]
     problem = LayerProblem(
@@ -92,6 +103,8 @@ def solve_batch(plan: Plan, batch: Batch, weights: Tensor) -> LayerSolution:
         scaling=plan.config.scaling,
         scale_fit=first.scale_fit,
         seeds=tuple(layer.seed for layer in batch.layers),
+        statistics=known,
+        strict=plan.config.strict,
     )
     with torch.no_grad():
         return plan.config.resolved_method().solve(problem)
@@ -104,18 +117,34 @@ def _settle(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def _solved(plan: Plan, batch: Batch, source: Source, device: torch.device) -> Solved:
+def _solved(
+    plan: Plan,
+    batch: Batch,
+    source: Source,
+    device: torch.device,
+    statistics: Statistics | None,
+) -> Solved:
     if not batch.layers[0].rank:
         begin = time.perf_counter()
         rounded = round_layer(plan, batch.layers[0], source, device)
         return Solved(batch, rounded, begin, time.perf_counter())
     weights = _load(batch, source, device)
     begin = time.perf_counter()
-    solution = solve_batch(plan, batch, weights)
+    solution = solve_batch(plan, batch, weights, _known(plan, batch, device, statistics))
     if device.type == "cuda":
         # Whoever takes the solution does so from another stream.
         torch.cuda.current_stream(device).synchronize()
     return Solved(batch, solution, begin, time.perf_counter())
+
+
+def _known(
+    plan: Plan, batch: Batch, device: torch.device, statistics: Statistics | None
+) -> ProblemStatistics | None:
+    if plan.calibration is None:
+        return None
+    assert statistics is not None, "a plan with a calibration is run with its statistics"
+    names = [layer.info.module for layer in batch.layers]
+    return read_statistics(statistics, names, plan.calibration.kind, device)
 
 
 def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:

@@ -76,6 +76,9 @@ class PlanReport:
     """Anonymous host memory while quantizing, above the interpreter with its libraries."""
     seconds: float
     """Rough time of the solve, from speeds measured elsewhere; reading and writing come on top."""
+    calibration: dict[str, Any] | None = None
+    """Tokens and statistics of a method that needs text, and what taking them costs: seconds,
+    device_bytes, disk_bytes."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -107,7 +110,15 @@ def describe_plan(plan: Plan) -> PlanReport:
         solve_bytes=plan.working_bytes,
         host_bytes=_host_bytes(plan),
         seconds=plan.seconds,
+        calibration=_calibration(plan),
     )
+
+
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    cost = plan.calibration_cost
+    if plan.calibration is None or cost is None:
+        return None
+    return {**plan.calibration.to_dict(), **cost.to_dict()}
 
 
 def _entry(layer: PlannedLayer) -> dict[str, Any]:

@@ -31,6 +31,17 @@ class Rounded:
         zeros = None if self.zeros is None else self.zeros[index]
         return QuantizedTensor.from_codes(self.spec, self.codes[index], self.scales[index], zeros)
 
+    def where(self, better: Tensor, other: Rounded) -> Rounded:
+        """The weights of `other` where `better` (n,) bool is set, else those of this one."""
+        found = Rounded(
+            self.spec,
+            self.codes.clone(),
+            self.scales.clone(),
+            None if self.zeros is None else self.zeros.clone(),
+        )
+        found.update_(better, other)
+        return found
+
     def update_(self, better: Tensor, other: Rounded) -> None:
         """Take over the weights of `other` where `better` (n,) bool is set, in place."""
         self.codes[better] = other.codes[better]

@@ -1,5 +1,6 @@
 """How rounding and correction take turns."""
 
-from loftq.schedules.alternate import KEEP, ORDERS, Alternation, alternate
+from loftq.schedules.alternate import KEEP, ORDERS, Alternation, Quantize, alternate, frobenius
+from loftq.schedules.projection import project
 
-__all__ = ["KEEP", "ORDERS", "Alternation", "alternate"]
+__all__ = ["KEEP", "ORDERS", "Alternation", "Quantize", "alternate", "frobenius", "project"]

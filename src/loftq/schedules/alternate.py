@@ -6,7 +6,9 @@
 
 with B_0 A_0 = 0 and Q_0 = 0. Rounding with a fitted scale is not an exact minimiser, so the error
 may rise from one step to the next: `keep="best"` returns the step with the smallest error of each
-weight, `keep="last"` the last one, as both papers' code does.
+weight, `keep="last"` the last one, as both papers' code does. With statistics of the inputs the
+same loop runs under their metric: q is GPTQ, svd_r the whitened correction, errors are those of the
+outputs (CLoQ, arXiv:2501.18475, is its T = 1; the repetition is CALDERA's, arXiv:2405.18886).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ ORDERS = ("quantize-first", "correct-first")
 KEEP = ("best", "last")
 
 Quantize = Callable[[Tensor], tuple[Rounded, Tensor]]
+Norm = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Alternation:
     rounded: Rounded
     low_rank: LowRank | None
     """None where no step was taken: plain rounding."""
-    plain_error: Tensor
-    """||W - q(W)||_F / ||W||_F, (n,) float64: rounding without correction."""
+    plain_error: Tensor | None
+    """||W - q(W)|| / ||W||, (n,) float64: rounding without correction; None where it is no step."""
     errors: Tensor
-    """||W - Q_t - B_t A_t||_F / ||W||_F for t = 1..T, (T, n) float64."""
+    """||W - Q_t - B_t A_t|| / ||W|| for t = 1..T, (T, n) float64."""
     kept: Tensor
     """Step kept for each weight, 1-based; 0 where no step was taken; (n,) int64."""
 
@@ -49,6 +52,7 @@ def alternate(
     iterations: int,
     order: str = "quantize-first",
     keep: str = "best",
+    norm: Norm | None = None,
 ) -> Alternation:
     """Run `iterations` alternations on a stack of weights.
 
@@ -59,18 +63,20 @@ def alternate(
         iterations: T >= 0; 0 rounds once and corrects nothing.
         order: which half-step comes first, "quantize-first" or "correct-first".
         keep: "best" or "last" iterate of each weight.
+        norm: of each residual of a stack, (n,) float64; None = Frobenius.
 
     Returns:
-        Alternation; all errors are relative Frobenius norms accumulated in float64.
+        Alternation; all errors are relative, in this norm.
 
     Raises:
         ValueError: unknown order or keep.
     """
     if order not in ORDERS or keep not in KEEP:
         raise ValueError(f"order={order!r}, keep={keep!r}; choose from {ORDERS} and {KEEP}.")
-    norm = frobenius(W).clamp_min(torch.finfo(torch.float32).tiny)
+    norm = norm or frobenius
+    whole = norm(W).clamp_min(torch.finfo(torch.float32).tiny)
     rounded, values = quantize(W)
-    plain = frobenius(W - values) / norm
+    plain = norm(W - values) / whole
     best: LowRank | None = None
     kept = torch.zeros(len(W), dtype=torch.int64, device=W.device)
     errors: list[Tensor] = []
@@ -89,7 +95,7 @@ def alternate(
             product = correction.product()
             now, values = quantize(W - product)
             residual = W - values
-        error = frobenius(residual.sub_(product)) / norm
+        error = norm(residual.sub_(product)) / whole
         better = torch.ones_like(error, dtype=torch.bool)
         if keep == "best" and errors:
             better = error < torch.stack(errors).amin(0)

@@ -19,6 +19,7 @@ from loftq.integrations import discover
 from loftq.integrations.peft import check_lineage
 from loftq.integrations.run_folder import START, RunFolder, backbone_and_adapter
 from loftq.integrations.source import resolve_source
+from loftq.methods import find_method
 from loftq.pipeline.run import JOURNAL
 from loftq.train.errors import TrainError
 from loftq.train.listener import Listener
@@ -85,6 +86,24 @@ def tokenizer_folder(model: str) -> Path:
     if not (folder / "loftq.json").is_file():
         discover.refuse_unusable(folder)
     return folder
+
+
+def refuse_calibrated(method: str | None) -> None:
+    """Refuse a method that calibrates: the one `data` of a training is what it trains on.
+
+    Args:
+        method: name of a row of the method table; None = the default, which needs no text.
+
+    Raises:
+        TrainError: the method needs text.
+        ValueError: it does not exist.
+    """
+    if method is not None and find_method(method).needs != "none":
+        raise TrainError(
+            f"method={method}: calibrates on a text of its own, and data is training data here. "
+            f"Quantize first (loftq quantize MODEL -o OUT --method {method} --data TEXT), then "
+            "train OUT."
+        )
 
 
 def locate(model: str, options: Mapping[str, Any], *, cache: Path | None) -> Located:

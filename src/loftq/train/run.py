@@ -15,7 +15,7 @@ from typing import Any
 from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
-from loftq.train.base import Base, locate, settle, tokenizer_folder
+from loftq.train.base import Base, locate, refuse_calibrated, settle, tokenizer_folder
 from loftq.train.budget import fit_to
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
@@ -70,8 +70,9 @@ def train(
         TrainResult: losses, steps, samples, memory, and where the adapter is.
 
     Raises:
-        TrainError: settings that cannot be carried out, other settings than those of an unfinished
-            run in `output`, a loss that is not a number, memory that is not enough.
+        TrainError: settings that cannot be carried out, a method that calibrates for a
+            full-precision model, other settings than those of an unfinished run in `output`, a
+            loss that is not a number, memory that is not enough.
         DataError: rows that cannot be used.
         ValueError: anything wrong with the model or an option.
     """
@@ -81,6 +82,8 @@ def train(
     names = str(model), str(data), None if validation is None else str(validation)
     told = (listener or Listener()) if place.is_main else Listener()
     folder = tokenizer_folder(names[0])
+    if not (folder / "loftq.json").is_file():  # or else `locate` says that it is packed already
+        refuse_calibrated(chosen.quantize.get("method"))
     if memory is not None:
         rows = read_inputs(folder, names[1], names[2], chosen.data, place)
         chosen, fit = fit_to(memory, folder, chosen, rows, place, set(options))

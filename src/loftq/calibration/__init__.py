@@ -1,0 +1,28 @@
+"""Tokens to statistics of the inputs of each layer."""
+
+from loftq.calibration.accumulators import KINDS, Accumulator, InputStatistics
+from loftq.calibration.collect import OUTSIDE, BlockModel, collect, layers_in
+from loftq.calibration.data import (
+    TokenWindows,
+    document_windows,
+    read_documents,
+    stream_windows,
+)
+from loftq.calibration.store import StatisticsStore, default_folder, statistics_fingerprint
+
+__all__ = [
+    "KINDS",
+    "OUTSIDE",
+    "Accumulator",
+    "BlockModel",
+    "InputStatistics",
+    "StatisticsStore",
+    "TokenWindows",
+    "collect",
+    "default_folder",
+    "document_windows",
+    "layers_in",
+    "read_documents",
+    "statistics_fingerprint",
+    "stream_windows",
+]

@@ -1,0 +1,272 @@
+"""Collect statistics block by block: one block of a model is on the device at a time.
+
+A model's own forward is left as it is. It runs once for each chunk of windows, every run in a
+thread of its own that waits at the entrance of each block. When all have arrived the block's
+weights are loaded, the runs pass through it one after the other while hooks look at the inputs of
+its layers, and the weights are dropped again. So the device holds what lies outside of the blocks,
+one block, and the hidden states of all tokens; and whatever a model passes from block to block
+(masks, position embeddings, an encoder's output) is its own business. Decoders, encoders and
+encoder-decoders are the same to us.
+
+Only one run moves at any time, so a result does not depend on the scheduling of threads.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loftq.calibration.accumulators import Accumulator, InputStatistics
+from loftq.calibration.data import TokenWindows
+
+OUTSIDE = ""
+"""Name of the "block" of the layers that lie in none."""
+
+
+class BlockModel(Protocol):
+    """A model cut into blocks whose weights come and go; integrations makes them."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The whole model; weights of its blocks are loaded only inside `load` and `drop`."""
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Paths of the blocks, in the order in which a forward enters them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def load(self, block: str) -> None:
+        """Give a block its weights."""
+
+    def drop(self, block: str) -> None:
+        """Take them away again."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> object:
+        """Run the model on windows (n, context) with their mask."""
+
+
+OnBlock = Callable[[str, Mapping[str, InputStatistics], Mapping[str, str]], None]
+"""Called after each block: its path, statistics by leader, and each layer's leader."""
+
+
+def collect(
+    model: BlockModel,
+    layers: Mapping[str, int],
+    windows: TokenWindows,
+    kind: str,
+    *,
+    on_block: OnBlock,
+    skip: Callable[[str], bool] = lambda block: False,
+    chunk: int = 4,
+) -> None:
+    """Run `windows` through the model and hand out the input statistics of every block.
+
+    Args:
+        model: see BlockModel.
+        layers: module path -> in_features of the layers to look at.
+        windows: the tokens.
+        kind: "diagonal" or "gram".
+        on_block: takes the statistics of a block when all windows have passed it. Layers that read
+            the same tensor share those of the first, their leader.
+        skip: blocks whose statistics are known already; they are run, but not looked at.
+        chunk: windows in one forward.
+
+    Raises:
+        ValueError: a layer that no token reached, or none with finite inputs; it is named.
+    """
+    pieces = zip(windows.ids.split(chunk), windows.mask.split(chunk), strict=True)
+    runs = [_Run(model, ids, mask) for ids, mask in pieces]
+    with ExitStack() as cleanup:
+        # Once for all runs: the first that ends must not turn dropout on for the others.
+        cleanup.callback(model.module.train, model.module.training)
+        model.module.eval()
+        for run in runs:
+            cleanup.callback(run.abandon)
+        for block in model.blocks:
+            gate = model.module.get_submodule(block).register_forward_pre_hook(
+                lambda *_, block=block: _Run.arrive(block)
+            )
+            cleanup.callback(gate.remove)
+        _move(model, layers, runs, kind, on_block, skip)
+
+
+def _move(
+    model: BlockModel,
+    layers: Mapping[str, int],
+    runs: Sequence[_Run],
+    kind: str,
+    on_block: OnBlock,
+    skip: Callable[[str], bool],
+) -> None:
+    """Start all runs, then move them from block to block until they end, or all is known."""
+
+    def unknown(block: str) -> dict[str, int]:
+        return {} if skip(block) else layers_in(block, layers, model.blocks)
+
+    outside = _Watch(model, unknown(OUTSIDE), kind)
+    watches: dict[str, _Watch] = {}
+    ahead = set() if outside.layers else {b for b in model.blocks if unknown(b)}
+    at = _advance(runs, outside)
+    while at is not None and (ahead or outside.layers or at in watches):
+        if at not in watches:  # a model with shared weights enters one block several times
+            watches[at] = _Watch(model, unknown(at), kind)
+        watch = watches[at]
+        model.load(at)
+        following = _advance(runs, watch, outside)
+        model.drop(at)
+        if watch.layers:
+            on_block(at, *watch.results())
+        ahead.discard(at)
+        at = following
+    if outside.layers:
+        on_block(OUTSIDE, *outside.results())
+
+
+def _advance(runs: Sequence[_Run], *watches: _Watch) -> str | None:
+    """Let every run go on to the entrance of its next block; None when they ended."""
+    reached = set()
+    for run in runs:
+        with ExitStack() as looking:
+            for watch in watches:
+                looking.enter_context(watch.over(run.mask))
+            reached.add(run.go_on())
+    assert len(reached) == 1, f"forwards of one model took different ways: {reached}"
+    return reached.pop()
+
+
+class _Run(threading.Thread):
+    """One forward that stops where `arrive` is called until `go_on` lets it."""
+
+    def __init__(self, model: BlockModel, ids: Tensor, mask: Tensor) -> None:
+        super().__init__(name="calibrate", daemon=True)
+        self.model, self.ids, self.mask = model, ids, mask
+        self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._reached: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+
+    def go_on(self) -> str | None:
+        """Move until the next block, whose path is returned, or the end (None)."""
+        if self.ident is None:
+            self.start()
+        else:
+            self._go.put(True)
+        reached = self._reached.get()
+        if isinstance(reached, BaseException):
+            raise reached
+        return reached
+
+    def abandon(self) -> None:
+        """End a run that waits."""
+        if self.ident is not None:
+            self._go.put(False)
+            self.join()
+
+    @staticmethod
+    def arrive(block: str) -> None:
+        """Called by a run at the entrance of a block."""
+        run = threading.current_thread()
+        if not isinstance(run, _Run):  # somebody else uses the model
+            return
+        run._reached.put(block)
+        if not run._go.get():
+            raise _Abandoned
+
+    def run(self) -> None:
+        """The forward."""
+        try:
+            with torch.no_grad():
+                self.model.forward(self.ids, self.mask)
+            self._reached.put(None)
+        except _Abandoned:
+            pass
+        except BaseException as error:  # whatever it is, whoever waits for this run must hear it
+            self._reached.put(error)
+
+
+class _Abandoned(Exception):
+    """Ends a waiting run."""
+
+
+@dataclass
+class _Seen:
+    """An input that a layer of this block has read in this chunk."""
+
+    x: Tensor
+    leader: str
+
+
+class _Watch:
+    """Hooks on some layers that add their inputs to accumulators."""
+
+    def __init__(self, model: BlockModel, layers: Mapping[str, int], kind: str) -> None:
+        self.model, self.layers, self.kind = model, layers, kind
+        self.leaders: dict[str, str] = {}
+        self.sums: dict[str, Accumulator] = {}
+        self.mask = torch.empty(0)  # of the chunk that is run
+        self._seen: list[_Seen] = []
+
+    def over(self, mask: Tensor) -> ExitStack:
+        """Hooks for one chunk of windows, removed when the stack is left."""
+        self.mask, self._seen = mask.to(self.model.device), []
+        stack = ExitStack()
+        for path in self.layers:
+            hook = self.model.module.get_submodule(path).register_forward_pre_hook(
+                lambda module, args, kwargs, path=path: self._look(path, args, kwargs),
+                with_kwargs=True,
+            )
+            stack.callback(hook.remove)
+        stack.callback(self._seen.clear)
+        return stack
+
+    def results(self) -> tuple[dict[str, InputStatistics], dict[str, str]]:
+        """Statistics by leader, and the leader of each layer."""
+        found = {}
+        for leader, total in self.sums.items():
+            try:
+                found[leader] = total.result()
+            except ValueError as error:
+                raise ValueError(f"{leader}: {error}. Run the model in float32.") from error
+        for path in self.layers:
+            if path not in self.leaders:
+                raise ValueError(
+                    f"{path}: no calibration token reached it, so that nothing is known of its "
+                    f'inputs. Leave it out with skip=["{path}"], or use more text.'
+                )
+        return found, dict(self.leaders)
+
+    def _look(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.shape[:-1].numel() != self.mask.numel():
+            return  # a table of relative positions that DeBERTa sends through its projections
+        known = next((seen for seen in self._seen if seen.x is x), None)
+        first = path not in self.leaders
+        if known is None:
+            self._seen.append(_Seen(x, path))
+        if first:
+            self.leaders[path] = path if known is None else known.leader
+        leader = self.leaders[path]
+        if leader != path:
+            same = known is not None and known.leader == leader
+            assert same, f"{path} no longer reads what {leader} reads"
+            return
+        if first:
+            self.sums[path] = Accumulator(self.layers[path], self.kind, x.device)
+        for window, mask in zip(x.reshape(*self.mask.shape, -1), self.mask, strict=True):
+            self.sums[path].add(window if mask.all() else window[mask])
+
+
+def layers_in(block: str, layers: Mapping[str, int], blocks: Sequence[str]) -> dict[str, int]:
+    """The layers (path -> in_features) inside of a block; of OUTSIDE, those in none of `blocks`."""
+    if block != OUTSIDE:
+        return {path: n for path, n in layers.items() if path.startswith(f"{block}.")}
+    inside = tuple(f"{other}." for other in blocks)
+    return {path: n for path, n in layers.items() if not path.startswith(inside)}

@@ -1,0 +1,137 @@
+"""A transformers model as `calibration.BlockModel`: its blocks come and go, the rest stays.
+
+Only the base model runs, never a head: no logits are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.checkpoint import Checkpoint
+from loftq.integrations.discover import SourceError, build_model
+from loftq.integrations.structure import examine
+from loftq.integrations.tensor_names import find_tensors
+
+
+class LoadedBlocks:
+    """A model that is in memory whole: nothing comes or goes.
+
+    Args:
+        model: any transformers model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module, self.anatomy = model, examine(model)
+        self.blocks: Sequence[str] = tuple(self.anatomy.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first weight is."""
+        return next(self.module.parameters()).device
+
+    def load(self, block: str) -> None:
+        """Already there."""
+
+    def drop(self, block: str) -> None:
+        """Stays there."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> object:
+        """The base model's forward; a decoder behind an encoder reads the same text."""
+        base = self.module.get_submodule(self.anatomy.base)
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if not mask.all():
+            inputs["attention_mask"] = mask.long().to(self.device)
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+            if "attention_mask" in inputs:
+                inputs["decoder_attention_mask"] = inputs["attention_mask"]
+        return base(**inputs)
+
+
+class CheckpointBlocks(LoadedBlocks):
+    """A model on disk: one block at a time is read from the checkpoint onto the device.
+
+    Args:
+        folder: holds config.json.
+        source: the weights.
+        device: where to run. On a CPU in float32, elsewhere in the dtype that is stored.
+
+    Raises:
+        SourceError: weights that transformers converts while loading, or a block without weights.
+    """
+
+    def __init__(self, folder: Path, source: Checkpoint, device: torch.device) -> None:
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+        # Parameters without memory, buffers (rotary tables, position ids) with their values.
+        with init_empty_weights(include_buffers=False):
+            model = build_model(folder)
+        super().__init__(model.eval())
+        self.source, self._device = source, device
+        self.names = find_tensors(model, source.tensors)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        inside = tuple(f"{block}." for block in self.blocks)
+        for name in self._parameters():
+            if not name.startswith(inside) and self.anatomy.in_base(name):
+                self._place(name, required=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    def load(self, block: str) -> None:
+        """Read the block's weights."""
+        for name in self._parameters(f"{block}."):
+            self._place(name, required=True)
+
+    def drop(self, block: str) -> None:
+        """Back to parameters without memory."""
+        for name in self._parameters(f"{block}."):
+            holder, leaf = self._holder(name)
+            empty = torch.empty_like(holder.get_parameter(leaf), device="meta")
+            holder._parameters[leaf] = _frozen(empty)
+
+    def _parameters(self, prefix: str = "") -> Iterator[str]:
+        named = list(self.module.named_parameters(remove_duplicate=False))
+        return (name for name, _ in named if name.startswith(prefix))
+
+    def _place(self, name: str, *, required: bool) -> None:
+        holder, leaf = self._holder(name)
+        found = self.names.sources.get(name) or self.names.sources.get(self._owner(name))
+        if found is not None:
+            weight = self.source.read(found).to(self.device)
+            holder._parameters[leaf] = _frozen(weight.float() if self._on_cpu else weight)
+        elif required:
+            why = "is converted while loading" if name in self.names.converted else "is not there"
+            raise SourceError(
+                f"{name}: {why}, so that blocks cannot be read one by one. Load the model yourself "
+                "and call loftq.quantize_model, or choose a method that needs no data."
+            )
+        else:  # a part that the checkpoint leaves to be made anew, a pooler
+            shape = holder.get_parameter(leaf).shape
+            holder._parameters[leaf] = _frozen(torch.zeros(shape, device=self.device))
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._device.type == "cpu"
+
+    def _owner(self, name: str) -> str:
+        """The parameter that a tied one shares its tensor with."""
+        path, _, leaf = name.rpartition(".")
+        return f"{self.anatomy.tied.get(path, path)}.{leaf}"
+
+    def _holder(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.module.get_submodule(path), leaf
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,142 @@
+"""Calibration of a transformers model: its tokenizer cuts the text, its own forward runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loftq.calibration import (
+    BlockModel,
+    StatisticsStore,
+    TokenWindows,
+    collect,
+    default_folder,
+    document_windows,
+    layers_in,
+    statistics_fingerprint,
+    stream_windows,
+)
+from loftq.integrations.structure import text_config
+from loftq.pipeline.calibration import Calibration
+from loftq.pipeline.config import QuantizeConfig
+from loftq.pipeline.layout import ModelLayout
+from loftq.pipeline.plan import Plan
+
+OnBlock = Callable[[str, int, int], object]
+"""Called when the statistics of a block are taken: its path, blocks done, blocks in all."""
+
+
+def read_windows(
+    config: QuantizeConfig, layout: ModelLayout, tokenizer: Any, model_config: Any
+) -> TokenWindows | None:
+    """The calibration tokens of a configuration; None where the method needs none, or has no text.
+
+    A causal model reads one stream in full windows. All others read document by document, with
+    their special tokens, padded to the longest; the padding is masked.
+
+    Raises:
+        ValueError: a file that cannot be used (calibration/data.py), or a tokenizer without the
+            padding token that documents need.
+    """
+    if config.data is None or config.resolved_method().needs == "none":
+        return None
+    context = min(config.calibration_context, _longest(tokenizer, model_config))
+    shape = {"windows": config.calibration_windows, "context": context}
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, verbose=False)["input_ids"]
+
+    if layout.task_type == "CAUSAL_LM":
+        return stream_windows(config.data, encode, **shape)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{config.data}: documents of different lengths need a padding token, and the "
+            "tokenizer of this model has none. Set its pad_token."
+        )
+
+    def cut(text: str) -> list[int]:
+        return tokenizer(text, truncation=True, max_length=context)["input_ids"]
+
+    return document_windows(config.data, cut, pad=tokenizer.pad_token_id, **shape)
+
+
+def planned(
+    config: QuantizeConfig, windows: TokenWindows | None, source_fingerprint: str, device: str
+) -> Calibration | None:
+    """What the plan has to know of these tokens."""
+    if windows is None:
+        return None
+    name = statistics_fingerprint(
+        source=source_fingerprint, tokens=windows.fingerprint, device=device
+    )
+    return Calibration(
+        kind=config.resolved_method().needs,
+        source=windows.source,
+        windows=windows.ids.shape[0],
+        context=windows.ids.shape[1],
+        tokens=windows.tokens,
+        folder=str(Path(config.statistics).expanduser() if config.statistics else default_folder()),
+        fingerprint=name,
+    )
+
+
+def take_statistics(
+    plan: Plan,
+    windows: TokenWindows,
+    open_model: Callable[[], BlockModel],
+    *,
+    on_block: OnBlock = lambda path, done, total: None,
+) -> StatisticsStore:
+    """The statistics that a plan needs, read from its folder as far as they are there.
+
+    Args:
+        plan: with a calibration.
+        windows: the tokens it was planned with.
+        open_model: makes the model, called only where a block is missing.
+        on_block: progress.
+    """
+    calibration = plan.calibration
+    assert calibration is not None
+    store = StatisticsStore(Path(calibration.folder), calibration.fingerprint)
+    # A table without an adapter is only rounded, whatever its inputs.
+    layers = {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
+    _warn_of_few_tokens(calibration, layers)
+    if store.holds(layers, calibration.kind):
+        return store
+    model = open_model()
+    done = 0
+
+    def known(block: str) -> bool:
+        inside = layers_in(block, layers, model.blocks)
+        return bool(inside) and store.has(block, inside, calibration.kind)
+
+    def keep(block: str, statistics: Any, leaders: Any) -> None:
+        nonlocal done
+        done += 1
+        store.write(block, statistics, leaders)
+        on_block(block, done, len(model.blocks))
+
+    collect(model, layers, windows, calibration.kind, on_block=keep, skip=known)
+    return store
+
+
+def _warn_of_few_tokens(calibration: Calibration, layers: dict[str, int]) -> None:
+    widest = max(layers.values())
+    if calibration.kind == "gram" and calibration.tokens < widest:
+        warnings.warn(
+            f"{calibration.source}: {calibration.tokens} tokens are fewer than the {widest} inputs "
+            "of the widest layer, so that its Gram is singular: damping fills the rest. Give more "
+            "text, or raise calibration_windows.",
+            stacklevel=2,
+        )
+
+
+def _longest(tokenizer: Any, model_config: Any) -> int:
+    """Most tokens that both the tokenizer and the model take."""
+    limits = [
+        getattr(tokenizer, "model_max_length", None),
+        getattr(text_config(model_config), "max_position_embeddings", None),
+    ]
+    return min(limit for limit in (*limits, 1 << 30) if isinstance(limit, int) and limit > 0)

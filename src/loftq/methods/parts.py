@@ -1,0 +1,188 @@
+"""The parts that a row of the method table is put together from, by name.
+
+A new metric, rounding or schedule is an entry here; neither methods nor the pipeline ask for names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loftq.lowrank import CholeskyRoot, DiagonalRoot, Metric, Solver, WhitenedSolver, make_solver
+from loftq.methods.problem import LayerProblem, ProblemStatistics
+from loftq.rounding import DescentGptq, Gptq, round_to_nearest
+from loftq.schedules import Alternation, Quantize, alternate, project
+
+if TYPE_CHECKING:
+    from loftq.methods.base import Method
+
+NEEDS = ("none", "diagonal", "gram")
+"""Statistics of the inputs, in rising order: whoever has a Gram has the diagonal."""
+
+
+@dataclass(frozen=True)
+class MetricPart:
+    """A way to weigh errors."""
+
+    needs: str
+    make: Callable[[LayerProblem, float], Metric]
+    """(problem, damping) -> metric."""
+
+
+@dataclass(frozen=True)
+class RoundingPart:
+    """A way to round."""
+
+    needs: str
+    make: Callable[[LayerProblem, Tensor | None, float], Quantize]
+    """(problem, Gram in place of the inputs' own, damping) -> W -> (Rounded, values)."""
+    cost: float
+    """Time of a step relative to "rtn", on a CPU and roughly."""
+
+
+def _diagonal(problem: LayerProblem, damping: float) -> Metric:
+    return Metric(DiagonalRoot(known_inputs(problem).mean_square, damping=damping))
+
+
+def _largest_mean(problem: LayerProblem, damping: float) -> Metric:
+    """LQER's D_i = a_i / sqrt(min a max a): a constant factor, as its root, changes no B A."""
+    return Metric(DiagonalRoot(known_inputs(problem).largest_mean.square(), damping=damping))
+
+
+def _gram(problem: LayerProblem, damping: float) -> Metric:
+    return Metric(CholeskyRoot(known_gram(problem), damping=damping, strict=problem.strict))
+
+
+def _rtn(problem: LayerProblem, gram: Tensor | None, damping: float) -> Quantize:
+    return lambda target: round_to_nearest(target, problem.spec, fit=problem.scale_fit)
+
+
+def _gptq(problem: LayerProblem, gram: Tensor | None, damping: float) -> Gptq:
+    gram = known_gram(problem) if gram is None else gram
+    spec, fit, strict = problem.spec, problem.scale_fit, problem.strict
+    return Gptq(gram, spec, fit=fit, damping=damping, strict=strict)
+
+
+def _descent(problem: LayerProblem, gram: Tensor | None, damping: float) -> DescentGptq:
+    gram = known_gram(problem) if gram is None else gram
+    return DescentGptq(_gptq(problem, gram, damping), gram)
+
+
+METRICS = {
+    "identity": MetricPart("none", lambda problem, damping: Metric()),
+    "diagonal": MetricPart("diagonal", _diagonal),
+    "largest-mean": MetricPart("diagonal", _largest_mean),
+    "gram": MetricPart("gram", _gram),
+}
+ROUNDINGS = {
+    "rtn": RoundingPart("none", _rtn, 1.0),
+    "gptq": RoundingPart("gram", _gptq, 6.0),
+    "gptq-descent": RoundingPart("gram", _descent, 20.0),
+}
+
+
+class Parts:
+    """What a row names, made for one problem.
+
+    Args:
+        method: the row.
+        problem: the stack.
+        generator: of everything random.
+    """
+
+    def __init__(self, method: Method, problem: LayerProblem, generator: torch.Generator) -> None:
+        self.method, self.problem = method, problem
+        self.metric = METRICS[method.metric].make(problem, method.metric_damping)
+        self.leading: Solver = make_solver(method.solver, problem.rank, generator)
+        """A plain solver, for eigenvectors."""
+        plain = make_solver(method.solver, problem.rank, generator)
+        weighted = METRICS[method.metric].needs != "none"
+        self.solver: Solver = WhitenedSolver(plain, self.metric) if weighted else plain
+        """Best correction under the metric."""
+        self.asked = {"metric": method.metric_damping, "rounding": method.damping}
+        self.used: dict[str, Tensor] = {}
+        """Damping that each factorized Gram took, (n,)."""
+        self._record("metric", getattr(self.metric.input, "damping", None), 0.0)
+
+    def rounding(self, gram: Tensor | None = None) -> Quantize:
+        """The row's rounding under the Gram of the inputs, or under another, damped already."""
+        make, damping = ROUNDINGS[self.method.rounding].make, self.method.damping
+        made = make(self.problem, gram, damping if gram is None else 0.0)
+        before = 0.0 if gram is None else damping
+        self._record("rounding", getattr(made, "damping", None), before)
+        return made
+
+    def damping_of(self, i: int) -> tuple[float | None, tuple[str, ...]]:
+        """Largest damping of weight i's Gram, and notes where more was needed than asked for."""
+        used = {what: float(found[i]) for what, found in self.used.items()}
+        notes = tuple(
+            f"damping of the {what} raised from {self.asked[what]:g} to {value:g}: no Cholesky "
+            "factor"
+            for what, value in used.items()
+            if value > self.asked[what]
+        )
+        return max(used.values(), default=None), notes
+
+    def _record(self, what: str, used: Tensor | None, before: float) -> None:
+        if used is not None:
+            total = used + before
+            self.used[what] = torch.maximum(total, self.used.get(what, total))
+
+
+def _alternate(parts: Parts) -> Alternation:
+    method = parts.method
+    return alternate(
+        parts.problem.weights,
+        quantize=parts.rounding(),
+        solver=parts.solver,
+        iterations=method.iterations,
+        order=method.order,
+        keep=method.keep,
+        norm=parts.metric.norm,
+    )
+
+
+def _project(parts: Parts) -> Alternation:
+    root, method = parts.metric.input, parts.method
+    assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
+    if method.iterations == 0:
+        return _alternate(parts)
+    return project(
+        parts.problem.weights,
+        root=root.factor,
+        quantize_under=parts.rounding,
+        leading=parts.leading,
+        solver=parts.solver,
+        iterations=method.iterations,
+        damping=method.damping,
+        norm=parts.metric.norm,
+    )
+
+
+SCHEDULES = {"alternate": _alternate, "projection": _project}
+
+
+def known_inputs(problem: LayerProblem) -> ProblemStatistics:
+    """The statistics of a problem.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if problem.statistics is None:
+        raise ValueError(
+            f"{problem.names[0]}: this method needs statistics of the layer's inputs. Give "
+            "calibration text, or choose a method that needs none (loftq, qlora)."
+        )
+    return problem.statistics
+
+
+def known_gram(problem: LayerProblem) -> Tensor:
+    """E[x x^T] of a problem, (n, in_features, in_features)."""
+    gram = known_inputs(problem).gram
+    if gram is None:
+        raise ValueError(f"{problem.names[0]}: this method needs the Gram, not its diagonal alone.")
+    return gram

@@ -1,0 +1,99 @@
+"""Coordinate descent on codes and scales: what GPTQ leaves, taken up again from the start.
+
+GPTQ decides each column once, before those to its right are known. Here every column is looked at
+again with all others as they stand. With E = W - Q and G = E H, the best value for column j is
+
+    q_j + G_j / H_jj,
+
+rounded under its group's scale; no step can raise the output error tr(E H E^T). Between two
+sweeps the scales are refitted to the codes (refit.py), which cannot raise it either, but for the
+coding of the scales: the best round of each weight is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loftq.formats import grid_of, round_trip_scales
+from loftq.ops.reference import spread
+from loftq.rounding.damping import damped
+from loftq.rounding.gptq import BLOCK, Gptq
+from loftq.rounding.refit import refit_scales
+from loftq.rounding.rtn import Rounded
+
+
+class DescentGptq:
+    """GPTQ, then `rounds` times: refit the scales, look at every column again.
+
+    Args:
+        gptq: the rounding to begin with.
+        gram: H of the same weights, (n, in_features, in_features).
+        rounds: two give most of the gain.
+    """
+
+    def __init__(self, gptq: Gptq, gram: Tensor, *, rounds: int = 2) -> None:
+        self.gptq, self.rounds = gptq, rounds
+        self.gram = damped(gram, gptq.damping)
+
+    @property
+    def damping(self) -> Tensor:
+        """What the factorization needed, (n,)."""
+        return self.gptq.damping
+
+    def __call__(self, W: Tensor) -> tuple[Rounded, Tensor]:
+        """Round a stack (n, out_features, in_features) float32; returns it with its values."""
+        now, _ = self.gptq.draft(W)
+        values = now.decode()
+        best, kept, least = now, values, output_error(W - values, self.gram)
+        for _ in range(self.rounds):
+            scales = refit_scales(W, self.gram, now)
+            now = Rounded(now.spec, now.codes, scales, now.zeros)
+            now, values = descend(W, self.gram, now)
+            error = output_error(W - values, self.gram)
+            better = error < least
+            best = best.where(better, now)
+            kept = torch.where(better[:, None, None], values, kept)
+            least = torch.minimum(least, error)
+        return best, kept
+
+
+def descend(W: Tensor, gram: Tensor, rounded: Rounded) -> tuple[Rounded, Tensor]:
+    """One sweep over all columns; scales and zeros stay.
+
+    Args:
+        W: (n, out_features, in_features) float32.
+        gram: H, damped, (n, in_features, in_features).
+        rounded: where to begin.
+
+    Returns:
+        (Rounded, its values); the output error is at most what it was.
+    """
+    spec, grid, columns = rounded.spec, grid_of(rounded.spec), W.shape[-1]
+    H = gram.float()
+    stored = round_trip_scales(rounded.scales, spec.scale_coding)
+    scales = spread(stored, columns, spec.group_size).expand(W.shape)
+    zeros = rounded.zeros
+    zeros = None if zeros is None else spread(zeros, columns, spec.group_size).expand(W.shape)
+    codes, Q = rounded.codes.clone(), rounded.decode()
+    G = (W - Q) @ H
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        block, moved = G[..., start:stop].clone(), torch.zeros_like(G[..., start:stop])
+        for j in range(start, stop):
+            zero = None if zeros is None else zeros[..., j, None]
+            wanted = Q[..., j, None] + block[..., j - start, None] / H[:, j, j, None, None]
+            code = grid.encode(wanted, scales[..., j, None], zero)
+            value = grid.decode(code, scales[..., j, None], zero)
+            step = value - Q[..., j, None]
+            codes[..., j, None], Q[..., j, None] = code, value
+            moved[..., j - start, None] = step
+            block -= step * H[:, None, j, start:stop]
+        G -= moved @ H[:, start:stop]
+    return Rounded(spec, codes, rounded.scales, rounded.zeros), Q
+
+
+def output_error(E: Tensor, gram: Tensor) -> Tensor:
+    """tr(E H E^T) of each residual of a stack, (n,) float64."""
+    E = E.double()
+    return ((E @ gram.double()) * E).sum((1, 2))

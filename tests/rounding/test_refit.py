@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from loftq.formats import parse_format
+from loftq.rounding import Gptq, damped, refit_scales
+
+OUT, IN = 16, 150
+
+
+def weights(n=2):
+    return torch.randn(n, OUT, IN, generator=torch.Generator().manual_seed(0))
+
+
+def grams(n=2, tokens=600):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, tokens, IN, generator=g) @ torch.randn(n, IN, IN, generator=g)
+    return x.mT @ x / tokens
+
+
+@pytest.mark.parametrize("name", ["int2-g64-f32", "nf3-g64-f32", "sint4-channel-f32"])
+def test_refitted_scales_solve_the_normal_equations(name):
+    """Without ridge: no small change of any scale lowers the output error."""
+    W, spec = weights(1), parse_format(name)
+    H = damped(grams(1), 0.01)
+    rounded, _ = Gptq(grams(1), spec, fit="mse", damping=0.01)(W)
+    fitted = refit_scales(W, H, rounded, ridge=0.0)
+
+    def error(scales):
+        size = spec.group_size or IN
+        wide = scales.double().repeat_interleave(size, -1)[..., :IN]
+        E = W.double() - units * wide
+        return ((E @ H) * E).sum()
+
+    ones = rounded.where(torch.tensor([False]), rounded)
+    units = type(rounded)(spec, ones.codes, torch.ones_like(fitted), ones.zeros).decode().double()
+    moved = (fitted - rounded.scales).abs().max()
+    assert moved > 0
+    g = torch.Generator().manual_seed(2)
+    free = fitted != rounded.scales
+    for _ in range(50):
+        step = 1e-2 * fitted.abs() * torch.randn(fitted.shape, generator=g) * free
+        assert error(fitted) <= error(fitted + step)
+
+
+def test_codes_that_say_nothing_keep_their_scale():
+    W, spec = weights(1), parse_format("int2-g64-f32")
+    W[0, 3, 64:128] = 0
+    rounded, _ = Gptq(grams(1), spec, fit="mse", damping=0.01)(W)
+    rounded.codes[0, 3, 64:128] = rounded.zeros[0, 3, 1].to(torch.uint8)
+    fitted = refit_scales(W, damped(grams(1), 0.01), rounded)
+    assert fitted[0, 3, 1] == pytest.approx(rounded.scales[0, 3, 1].item(), rel=1e-3)
+    assert torch.isfinite(fitted).all()
