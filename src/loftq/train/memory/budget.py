@@ -4,7 +4,7 @@ A card is sold by a round number that its memory is near: a "24 GB" card has 24 
 the system reserves. torch's allocations share it with the CUDA context and with what the allocator
 holds without using it. So of the number given, taken as 10^9 bytes, CONTEXT and a share for
 fragmentation are set aside; the rest is what max_memory_allocated may reach. On a CPU the heap of
-the C library keeps freed blocks: a process takes up to 1.6 times its tensors (docs/memory.md).
+the C library keeps freed blocks: a process takes up to 1.7 times its tensors (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CONTEXT = 500_000_000
 """CUDA context, cuBLAS workspace and compiled kernels; 0.4 to 0.6 GB on current cards."""
 FRAGMENTATION = 0.04
 """Share that the caching allocator holds without using it."""
-HEAP = 0.375
+HEAP = 0.4
 """Share of a process on a CPU that its heap keeps without using it, measured with glibc."""
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
