@@ -402,3 +402,37 @@ def test_steps_cover_the_rows() -> None:
     assert (steps.in_epoch, steps.total, steps.evaluate, steps.save) == (6, 18, 3, 3)
     assert TrainConfig(epochs=0.1).steps(3).total == 1
     assert TrainConfig().steps(47, processes=2).in_epoch == 3
+
+
+def test_a_command_that_fails_leaves_the_earlier_run_alone(
+    out: Path, chats: Path, tmp_path: Path, train: Callable
+) -> None:
+    run = tmp_path / "run"
+    train(out, chats, run, max_steps=1, samples=0)
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="no such file"):
+        train(out, tmp_path / "typo.jsonl", run, overwrite=True)
+    with pytest.raises(ValueError, match="MODEL is the run itself"):
+        train(run, chats, run, overwrite=True)
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_a_second_stage_has_the_chat_template_of_the_first(
+    out: Path, chats: Path, tmp_path: Path, train: Callable
+) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        train(out, chats, tmp_path / "bare", chat_template=None)
+    train(out, chats, tmp_path / "first", max_steps=1, samples=0)
+    second = tmp_path / "second"
+    train(tmp_path / "first", chats, second, chat_template=None, max_steps=1, samples=0)
+    found = (second / "adapter" / "chat_template.jinja").read_text()
+    assert found == (tmp_path / "first" / "adapter" / "chat_template.jinja").read_text()
+
+
+def test_what_was_given_stays_when_a_budget_chooses(
+    out: Path, chats: Path, tmp_path: Path, train: Callable
+) -> None:
+    given = {"gradient_accumulation": 3, "checkpointing": False}
+    train(out, chats, tmp_path / "run", memory="8GB", max_steps=1, samples=0, **given)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {key: written[key] for key in given} == given

@@ -67,7 +67,7 @@ class Conversation:
             ContextError: `text` alone fills the context.
             ValueError: the chat template refuses the conversation.
         """
-        forgotten = 0
+        forgotten, before = 0, list(self.turns)
         ids = self._render(text)
         if self._context is None:
             return Prompt(ids, forgotten)
@@ -77,6 +77,7 @@ class Conversation:
             forgotten += 1
             ids = self._render(text)
         if len(ids) >= self._context:
+            self.turns[:] = before  # nothing was answered: nothing is forgotten
             raise ContextError(
                 f"the prompt has {len(ids):,} tokens, the model was made for {self._context:,}, "
                 "answer included. Shorten it."

@@ -106,7 +106,8 @@ def train(
             )
         except KeyboardInterrupt:
             screen.close()
-            typer.echo(f"interrupted; the same command continues {output}.", err=True)
+            again = "the same command without --overwrite" if overwrite else "the same command"
+            typer.echo(f"interrupted; {again} continues {output}.", err=True)
             raise typer.Exit(INTERRUPTED) from None
         finally:
             screen.close()

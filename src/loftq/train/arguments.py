@@ -37,6 +37,7 @@ def common_arguments(
     checkpoints: Path,
     dtype: str,
     device: torch.device,
+    resumed: bool,
 ) -> dict[str, Any]:
     """Keyword arguments for SFTConfig and DPOConfig.
 
@@ -46,6 +47,8 @@ def common_arguments(
         checkpoints: folder for them.
         dtype: bf16, fp16 or fp32.
         device: where it trains.
+        resumed: from a checkpoint: the score before the first step was taken then, and a second one
+            would count against an early stop.
     """
     return {
         "output_dir": str(checkpoints),
@@ -67,7 +70,7 @@ def common_arguments(
         "ddp_find_unused_parameters": False,
         "eval_strategy": "steps",
         "eval_steps": steps.evaluate,
-        "eval_on_start": True,
+        "eval_on_start": not resumed,
         "save_strategy": "steps",
         "save_steps": steps.save,
         "save_total_limit": config.keep_checkpoints,

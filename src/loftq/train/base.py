@@ -74,8 +74,16 @@ class Located:
     """How to make `out`, where it is not there yet."""
 
 
-def tokenizer_folder(model: str) -> Path:
-    """The folder behind MODEL that has its tokenizer: the packed one, or the full-precision one.
+def own_tokenizer(model: str) -> Path | None:
+    """Where a run keeps the tokenizer and chat template it was trained with; None = no run."""
+    if not (Path(model) / "base.json").is_file():
+        return None
+    adapter = backbone_and_adapter(model)[1]
+    return adapter if (adapter / "tokenizer_config.json").is_file() else None
+
+
+def backbone_folder(model: str) -> Path:
+    """The folder behind MODEL: of the packed model, or of the full-precision one.
 
     Raises:
         ValueError: no such model, one that cannot be quantized, or a run whose backbone is gone.

@@ -62,6 +62,10 @@ def fit_to(
         fixed |= {key: chosen.quantize[key] for key in ("bits", "rank", *TABLES) if key in given}
         if given & {"format", "engine"}:
             fixed["bits"] = None
+    if "host_embedding" in given:
+        fixed["embedding_on_host"] = chosen.config.host_embedding
+    if "checkpointing" in given:
+        fixed["checkpointing"] = chosen.config.checkpointing
     if "max_length" in given:
         fixed["length"] = chosen.data.max_length
     if "batch_size" in given:
@@ -80,21 +84,23 @@ def fit_to(
             device=place.device.type,
         ),
     )
-    return _with(chosen, found, {} if packed else found.options, inputs), found
+    return _with(chosen, found, {} if packed else found.options, inputs, given), found
 
 
-def _with(chosen: Chosen, found: Fit, options: Mapping[str, Any], inputs: Inputs) -> Chosen:
+def _with(
+    chosen: Chosen, found: Fit, options: Mapping[str, Any], inputs: Inputs, given: set[str]
+) -> Chosen:
     step, sides = found.settings, SIDES[inputs.prepared.kind]
     rows = max(1, step.batch_size // sides)
+    fitted: dict[str, Any] = {
+        "batch_size": rows,
+        "gradient_accumulation": max(1, step.accumulation * step.batch_size // (sides * rows)),
+        "checkpointing": step.checkpointing,
+        "host_embedding": step.embedding_on_host,
+    }
     return replace(
         chosen,
-        config=replace(
-            chosen.config,
-            batch_size=rows,
-            gradient_accumulation=max(1, step.accumulation * step.batch_size // (sides * rows)),
-            checkpointing=step.checkpointing,
-            host_embedding=step.embedding_on_host,
-        ),
+        config=replace(chosen.config, **{k: v for k, v in fitted.items() if k not in given}),
         data=replace(chosen.data, max_length=step.length),
         quantize={**chosen.quantize, **options},
     )

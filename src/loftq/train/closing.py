@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from loftq.integrations.card import write_adapter_card
@@ -20,7 +21,9 @@ def summarize(run: RunFolder, state: Any, *, planned: int) -> dict[str, Any]:
         planned: steps that the run was to have.
     """
     found, steps = read_metrics(run.metrics), state.global_step
-    chosen = state.best_global_step or steps
+    # Of the steps that were saved: a better one in between left no adapter behind.
+    saved = state.best_model_checkpoint
+    chosen = int(Path(saved).name.rpartition("-")[2]) if saved else steps
     losses = {row["step"]: row["validation_loss"] for row in found.validation}
     return {
         "steps": steps,

@@ -15,6 +15,9 @@ LEARNING_RATES = {"sft": 2e-4, "preference": 1e-5}
 """Default learning rate of a LoRA by kind of data: preferences want a much gentler one."""
 
 
+MOST_SAMPLES = 3  # prompts that the data holds out
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """What an optimizer needs."""
@@ -103,10 +106,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 return f"{name}={value}: must be positive."
+        if self.samples > MOST_SAMPLES:
+            return f"samples={self.samples}: at most {MOST_SAMPLES} prompts are held out."
         if self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
             return (
                 f"save_steps={self.save_steps}: must be a multiple of eval_steps="
-                f"{self.eval_steps}, so that the best validation has a checkpoint."
+                f"{self.eval_steps}, so that checkpoints have a validation loss."
             )
         return ""
 

@@ -40,7 +40,7 @@ class Forecast:
         text = (
             f"step {step}: out of memory on a batch of {rows} x {width} = {rows * width:,} tokens"
         )
-        if self.subject is None:
+        if self.subject is None or not rows * width:
             return OutOfMemory(f"{text}. Try a smaller batch_size or max_length. {self.problem}")
         from loftq.train.memory.savings import savings
 
@@ -54,7 +54,9 @@ class Forecast:
         advice = f"; {' or '.join(ways)}" if ways else ""
         return OutOfMemory(
             f"{text}, which take {sum(parts.values()) / 1e9:.2f} GB by prediction ({shares})"
-            f"{advice}. The run goes on from its last checkpoint."
+            f"{advice}. With another batch_size (and the same product with gradient_accumulation), "
+            "checkpointing or host_embedding the run goes on from its last checkpoint; other "
+            "changes begin anew, with --overwrite or in another folder."
         )
 
     def _parts(self, subject: Subject, settings: TrainingSettings) -> dict[str, int]:
@@ -97,7 +99,8 @@ def forecast(
         dtype=dtype,
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
-        padded=not packing,
+        embedding_on_host=config.host_embedding,
+        padded=False if packing else None,
         device=device,
     )
     references = SIDES[kind] - 1

@@ -66,9 +66,15 @@ class Inputs:
 
 
 def read_inputs(
-    folder: Path, data: str, validation: str | None, settings: DataSettings, place: Place
+    folder: Path,
+    data: str,
+    validation: str | None,
+    settings: DataSettings,
+    place: Place,
+    *,
+    tokenizer: Path | None = None,
 ) -> Inputs:
-    """Tokenizer and rows, for the model in `folder`.
+    """Tokenizer and rows, for the model in `folder`; a `tokenizer` elsewhere takes precedence.
 
     Raises:
         DataError: rows that cannot be used.
@@ -76,23 +82,24 @@ def read_inputs(
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    source = tokenizer or folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise TrainError(
-            f"{folder}: no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
+            f"{source}: no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
             "Copy the model's tokenizer.json and tokenizer_config.json there."
         ) from error
     context = AutoConfig.from_pretrained(folder).get_text_config()
     with place.main_first():  # it fills the caches
         prepared = prepare(
             data,
-            tokenizer,
+            loaded,
             settings,
             validation=validation,
             model_context=getattr(context, "max_position_embeddings", None),
         )
-    return Inputs(tokenizer=tokenizer, prepared=prepared)
+    return Inputs(tokenizer=loaded, prepared=prepared)
 
 
 def longest_row(inputs: Inputs) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ import torch
 from loftq.integrations.device import check_device, default_device
 from loftq.integrations.loading import world_size
 from loftq.train.errors import TrainError
+
+PATIENCE = timedelta(days=1)
+"""Of processes that wait for the main one, which may have to quantize the model first."""
 
 
 class Place:
@@ -35,7 +39,9 @@ class Place:
         check_device(kind)
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        self._state = PartialState(cpu=kind == "cpu") if world_size() > 1 else None
+        self._state = None
+        if world_size() > 1:
+            self._state = PartialState(cpu=kind == "cpu", timeout=PATIENCE)
         index = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", index)
         self.processes = world_size()

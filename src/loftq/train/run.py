@@ -15,7 +15,14 @@ from typing import Any
 from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
-from loftq.train.base import Base, locate, refuse_calibrated, settle, tokenizer_folder
+from loftq.train.base import (
+    Base,
+    backbone_folder,
+    locate,
+    own_tokenizer,
+    refuse_calibrated,
+    settle,
+)
 from loftq.train.budget import fit_to
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
@@ -81,11 +88,12 @@ def train(
     place, run = Place(device), RunFolder(Path(output))
     names = str(model), str(data), None if validation is None else str(validation)
     told = (listener or Listener()) if place.is_main else Listener()
-    folder = tokenizer_folder(names[0])
+    _refuse_own_output(names[0], run)
+    folder, tokenizer = backbone_folder(names[0]), own_tokenizer(names[0])
     if not (folder / "loftq.json").is_file():  # or else `locate` says that it is packed already
         refuse_calibrated(chosen.quantize.get("method"))
     if memory is not None:
-        rows = read_inputs(folder, names[1], names[2], chosen.data, place)
+        rows = read_inputs(folder, names[1], names[2], chosen.data, place, tokenizer=tokenizer)
         chosen, fit = fit_to(memory, folder, chosen, rows, place, set(options))
         told.fitted(fit)
     settings = {**chosen.settings(*names), "memory": memory}
@@ -93,11 +101,12 @@ def train(
         if resume.is_finished(run) and not overwrite:
             _refuse_differences(run, resume.differences(run, settings), finished=True)
             return read_result(run, already_finished=True)
-        checkpoint = _begin(run, place, settings, overwrite=overwrite)
         # The rows before the weights: quantizing takes long, and a bad row is soon found.
-        inputs = read_inputs(folder, names[1], names[2], chosen.data, place)
+        inputs = read_inputs(folder, names[1], names[2], chosen.data, place, tokenizer=tokenizer)
         quantize = dict(chosen.quantize) | ({} if device is None else {"device": device})
         found = locate(names[0], quantize, cache=None if cache is None else Path(cache))
+        # What may be refused was: an earlier run is cleared away only now.
+        checkpoint = _begin(run, place, settings, overwrite=overwrite)
         with place.main_first():
             base = settle(found, quantize, told)
         _record(run, place, settings, base, inputs, resumed=checkpoint is not None)
@@ -111,6 +120,12 @@ def train(
             checkpoint=checkpoint,
         )
         return session.carry_out()
+
+
+def _refuse_own_output(model: str, run: RunFolder) -> None:
+    """Refuse to write a run over the one that it goes on from."""
+    if Path(model).resolve() == run.path.resolve():
+        raise TrainError(f"{model}: MODEL is the run itself. Choose another folder with -o.")
 
 
 def _begin(

@@ -168,9 +168,10 @@ class Session:
             arguments=common_arguments(
                 self.config,
                 self.steps,
-                checkpoints=self.run.checkpoints,
+                checkpoints=self.run.checkpoints.resolve(),
                 dtype=self.dtype,
                 device=self.place.device,
+                resumed=self.checkpoint is not None,
             ),
             packing=self.packing,
             max_length=self.inputs.prepared.counts.max_length,

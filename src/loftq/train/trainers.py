@@ -16,6 +16,11 @@ class Watched:
         self.batch_shape = tuple(inputs["input_ids"].shape)
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same for a batch that is only scored."""
+        self.batch_shape = tuple(inputs["input_ids"].shape)
+        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the card is ours (integrations/card.py)."""
 

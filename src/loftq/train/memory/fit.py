@@ -104,7 +104,7 @@ def fit(
         longest: tokens of the longest row of the data; None = not known.
         limit: longest context of the model; None = not known.
         fixed: what the user asked for: bits, rank, embedding, head, embedding_on_host, length,
-            batch_size.
+            batch_size, checkpointing.
         settings: dtype, optimizer, loss and device; the rest of it is chosen here.
 
     Raises:
@@ -124,7 +124,9 @@ def fit(
         # The weights alone rule most choices out, without a walk through the model.
         if fixed_bytes(subject, step) > room or predict(subject, step).total > room:
             continue
-        step, peak = _without_checkpointing(subject, step, room, start)
+        peak = predict(subject, step)
+        if "checkpointing" not in fixed:
+            step, peak = _without_checkpointing(subject, step, peak, room=room, start=start)
         return Fit(
             budget=budget,
             usable=room,
@@ -160,7 +162,7 @@ def _candidates(
                 batch_size=batch,
                 accumulation=max(1, BATCH // batch),
                 length=length,
-                checkpointing=True,
+                checkpointing=fixed.get("checkpointing", True),
                 embedding_on_host=table["embedding_on_host"],
             ),
         )
@@ -178,10 +180,9 @@ def _subject(configure: Configure, options: Mapping[str, Any]) -> Subject:
 
 
 def _without_checkpointing(
-    subject: Subject, step: TrainingSettings, room: int, start: int
+    subject: Subject, step: TrainingSettings, peak: PeakMemory, *, room: int, start: int
 ) -> tuple[TrainingSettings, PeakMemory]:
     """Checkpointing off where there is room for it without having given up anything."""
-    peak = predict(subject, step)
     if step.length < start or step.batch_size < 4:
         return step, peak
     faster = replace(step, checkpointing=False)
@@ -213,7 +214,7 @@ def _explain(
     if step.length == start:
         reason = "the longest row of the data" if longest else "the default; --data shortens it"
     else:
-        reason = f"halved from {start}: longer rows are cut"
+        reason = f"halved from {start}: longer chats are left out, longer texts split"
     yield choice("context", step.length, reason, "length")
     yield choice("batch", f"{step.batch_size} x {step.accumulation}",
                  f"{step.batch_size * step.accumulation} rows a step", "batch_size")  # fmt: skip

@@ -61,7 +61,7 @@ def _changes(subject: Subject, settings: TrainingSettings) -> Iterator[tuple[str
     yield from _step_changes(subject, settings)
     if not (subject.tied or settings.embedding_on_host):
         changed = replace(settings, embedding_on_host=True)
-        yield "embedding=host", "rows are fetched from the host", predict(subject, changed)
+        yield "host_embedding=true", "rows are fetched from the host", predict(subject, changed)
     rank = max(w.rank for w in subject.weights) // 2
     if rank >= 4:
         text = "a smaller adapter; quantize again"
@@ -76,14 +76,16 @@ def _step_changes(
         changed = replace(settings, checkpointing=True)
         yield "checkpointing=true", "a third more time", predict(subject, changed)
     if settings.batch_size > 1:
-        half = settings.batch_size // 2
-        times = settings.accumulation * -(-settings.batch_size // half)
+        # The largest divisor, so that a step keeps its rows and the run can go on.
+        size = settings.batch_size
+        half = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+        times = settings.accumulation * (size // half)
         changed = replace(settings, batch_size=half, accumulation=times)
         text = f"batch_size={half} gradient_accumulation={times}"
         yield text, "nothing but some speed", predict(subject, changed)
     elif settings.length >= 2 * SHORTEST:
         changed = replace(settings, length=settings.length // 2)
-        yield f"max_length={changed.length}", "longer rows are cut", predict(subject, changed)
+        yield f"max_length={changed.length}", "longer chats are left out", predict(subject, changed)
     if settings.loss == "full":
         yield "loss=chunked", "nothing", predict(subject, replace(settings, loss="chunked"))
     if settings.optimizer.startswith("adamw_torch") and not settings.optimizer.endswith("8bit"):
