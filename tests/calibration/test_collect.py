@@ -27,6 +27,7 @@ class Toy:
         self.module.last = nn.Linear(WIDTH, WIDTH)
         self.blocks = tuple(f"blocks.{k}" for k in range(len(linears)))
         self.log: list[str] = []
+        self.reenters = len(order) > len(self.blocks)
 
     def load(self, block: str) -> None:
         self.log.append(f"load {block}")

@@ -42,6 +42,10 @@ class BlockModel(Protocol):
         """Paths of the blocks, in the order in which a forward enters them."""
 
     @property
+    def reenters(self) -> bool:
+        """Whether a forward enters a block several times, as where layers share their weights."""
+
+    @property
     def device(self) -> torch.device:
         """Where it runs."""
 
@@ -124,10 +128,15 @@ def _move(
         model.load(at)
         following = _advance(runs, watch, outside)
         model.drop(at)
-        if watch.layers:
+        if watch.layers and not model.reenters:
             on_block(at, *watch.results())
+            watches[at] = _Watch(model, {}, kind)  # its sums are not needed any more
         ahead.discard(at)
         at = following
+    if model.reenters:  # only now is a block complete
+        for path, watch in watches.items():
+            if watch.layers:
+                on_block(path, *watch.results())
     if outside.layers:
         on_block(OUTSIDE, *outside.results())
 
@@ -150,6 +159,9 @@ class _Run(threading.Thread):
     def __init__(self, model: BlockModel, ids: Tensor, mask: Tensor) -> None:
         super().__init__(name="calibrate", daemon=True)
         self.model, self.ids, self.mask = model, ids, mask
+        # A new thread starts on the default stream of the first GPU: it goes on where this one is.
+        cuda = model.device.type == "cuda"
+        self._stream = torch.cuda.current_stream(model.device) if cuda else None
         self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._reached: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
@@ -183,7 +195,7 @@ class _Run(threading.Thread):
     def run(self) -> None:
         """The forward."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.cuda.stream(self._stream):
                 self.model.forward(self.ids, self.mask)
             self._reached.put(None)
         except _Abandoned:

@@ -5,6 +5,7 @@ Only the base model runs, never a head: no logits are made.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ class LoadedBlocks:
         """Where its first weight is."""
         return next(self.module.parameters()).device
 
+    @property
+    def reenters(self) -> bool:
+        """Whether a forward enters a block several times: fewer blocks than layers."""
+        config = getattr(self.module, "config", None)
+        return int(getattr(config, "num_hidden_layers", 0) or 0) > len(self.blocks)
+
     def load(self, block: str) -> None:
         """Already there."""
 
@@ -50,6 +57,8 @@ class LoadedBlocks:
             inputs["decoder_input_ids"] = inputs["input_ids"]
             if "attention_mask" in inputs:
                 inputs["decoder_attention_mask"] = inputs["attention_mask"]
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            inputs["use_cache"] = False  # keys and values of all tokens would be kept
         return base(**inputs)
 
 

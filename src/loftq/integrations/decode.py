@@ -118,6 +118,7 @@ class GraphDecoder:
                 self._cache.reset()
                 self._run()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side):
+            logits = self._run()
+        self._graph, self._logits = graph, logits  # only a capture that succeeded

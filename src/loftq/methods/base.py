@@ -237,8 +237,12 @@ def _output_errors(problem: LayerProblem, residual: Callable[[int], Tensor]) -> 
         return [None] * len(problem.names)
     found: list[float | None] = []
     for i, W in enumerate(problem.weights):
-        gram = known.mean_square[i].diag() if known.gram is None else known.gram[i]
-        both = output_error(torch.stack([residual(i), W]), gram)
+        pair = (residual(i), W)
+        if known.gram is None:  # a diagonal one, which is not to be made dense
+            weight = known.mean_square[i].double()
+            both = torch.stack([(X.double().square() * weight).sum() for X in pair])
+        else:
+            both = output_error(torch.stack(pair), known.gram[i])
         left, whole = both.clamp_min(0).sqrt().tolist()
         found.append(left / whole if whole else left)
     return found

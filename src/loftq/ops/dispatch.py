@@ -103,8 +103,10 @@ def _why_no_permute(device: torch.device) -> str:
 
     try:
         right = levels_are_right(device)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel; an exception is not kept
     except Exception as error:  # a compiler that refuses the assembly: anything is raised
-        return f"the kernel does not compile here: {str(error).strip().splitlines()[0]}"
+        return f"the kernel does not compile here: {_first_line(error)}"
     return "" if right else "a trial of the kernel gave wrong values with this Triton: report it"
 
 
@@ -120,6 +122,12 @@ def why_no_triton(device: torch.device) -> str:
     one = torch.ones(1, 16, device=device)
     try:
         round_rows(one, one[:, 0].contiguous(), None, one[0].contiguous(), top=0, tiny=1e-30)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about Triton; an exception is not kept
     except Exception as error:  # a compiler, driver or GPU that does not suit: anything is raised
-        return f"triton does not work here: {str(error).strip().splitlines()[0]}"
+        return f"triton does not work here: {_first_line(error)}"
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

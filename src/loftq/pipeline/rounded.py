@@ -32,7 +32,9 @@ def round_layer(
     weight = source.read(layer.info.tensor)
     rows, columns = layer.info.shape
     parts: list[QuantizedTensor] = []
-    sums = torch.zeros(2, dtype=torch.float64)  # of the squared difference, of the squared weight
+    sums = torch.zeros(
+        2, dtype=torch.float64, device=device
+    )  # of the squared difference, of the squared weight
     step = max(1, ROUNDED_AT_ONCE // columns)
     for start in range(0, rows, step):
         W = weight[start : start + step].to(device).float()

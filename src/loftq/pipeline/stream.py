@@ -124,13 +124,13 @@ def _solved(
     device: torch.device,
     statistics: Statistics | None,
 ) -> Solved:
-    if not batch.layers[0].rank:
-        begin = time.perf_counter()
-        rounded = round_layer(plan, batch.layers[0], source, device)
-        return Solved(batch, rounded, begin, time.perf_counter())
-    weights = _load(batch, source, device)
     begin = time.perf_counter()
-    solution = solve_batch(plan, batch, weights, _known(plan, batch, device, statistics))
+    if batch.layers[0].rank:
+        weights = _load(batch, source, device)
+        begin = time.perf_counter()
+        solution = solve_batch(plan, batch, weights, _known(plan, batch, device, statistics))
+    else:
+        solution = round_layer(plan, batch.layers[0], source, device)
     if device.type == "cuda":
         # Whoever takes the solution does so from another stream.
         torch.cuda.current_stream(device).synchronize()
