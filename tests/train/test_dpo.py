@@ -38,6 +38,7 @@ def trainer(out: Path, preferences: Path, tmp_path: Path) -> Any:
         checkpoints=tmp_path / "checkpoints",
         dtype="fp32",
         device=torch.device("cpu"),
+        resumed=False,
     )
     return build(
         model=model,

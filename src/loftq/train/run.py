@@ -124,7 +124,7 @@ def train(
 
 def _refuse_own_output(model: str, run: RunFolder) -> None:
     """Refuse to write a run over the one that it goes on from."""
-    if Path(model).resolve() == run.path.resolve():
+    if (run.path / "base.json").is_file() and Path(model).resolve() == run.path.resolve():
         raise TrainError(f"{model}: MODEL is the run itself. Choose another folder with -o.")
 
 
