@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "loftq"
 
 ORDER = (
+    ("units",),
     ("ops",),
     ("formats",),
     ("checkpoint",),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from loftq.report.collect import Facts, Training
-from loftq.report.units import size
+from loftq.units import size
 
 
 @dataclass(frozen=True)

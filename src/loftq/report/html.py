@@ -18,7 +18,7 @@ from loftq import __version__
 from loftq.checkpoint.durable import publish, write_partial
 from loftq.report.collect import Backbone, Facts, collect
 from loftq.report.headline import next_commands, tiles
-from loftq.report.units import duration, size
+from loftq.units import duration, size
 
 REPORT = "report.html"
 PACKAGES = ("jinja2", "matplotlib")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loftq.integrations.metrics import Metrics
 from loftq.report.grid import ErrorGrid
 from loftq.report.spectra import Spectrum
-from loftq.report.units import size
+from loftq.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

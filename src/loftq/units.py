@@ -1,4 +1,4 @@
-"""Numbers as a reader of a page or a card wants them."""
+"""Sizes and durations as a reader of a terminal, a page or a card wants them."""
 
 from __future__ import annotations
 
