@@ -16,7 +16,7 @@ from torch import nn
 from loftq.integrations import discover
 from loftq.integrations.device import check_bfloat16, check_device, default_device
 from loftq.integrations.peft import load_adapter
-from loftq.integrations.run_folder import START, backbone_and_adapter, open_run
+from loftq.integrations.run_folder import START, backbone_and_adapter, open_run, tokenizer_home
 from loftq.integrations.source import quantization_method, read_config
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -83,7 +83,7 @@ def open_causal(
     chosen = _adapter(folder, own, adapter)
     if chosen is None and not allow_bare:
         _refuse_bare(path, config)
-    tokenizer = discover.load_tokenizer(_tokenizer_folder(folder, chosen))
+    tokenizer = discover.load_tokenizer(tokenizer_home(folder, chosen))
     base = discover.model_class(folder).from_pretrained(folder, dtype=dtype)
     _check_causal(folder, base)
     model: nn.Module = base if chosen is None else load_adapter(base, chosen)
@@ -128,12 +128,6 @@ def _refuse_bare(path: str | Path, config: dict[str, Any]) -> None:
         f"rounding without it. Leave adapter=none out; adapter={START} is the start before any "
         "training. To talk to a plainly rounded model, quantize with --method qlora."
     )
-
-
-def _tokenizer_folder(folder: Path, adapter: Path | None) -> Path:
-    """A run may bring a tokenizer of its own: one with the chat template it was trained with."""
-    saved = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return adapter if adapter is not None and saved else folder
 
 
 def _check_causal(folder: Path, model: nn.Module) -> None:

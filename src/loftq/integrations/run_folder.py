@@ -112,6 +112,13 @@ def open_run(path: str | Path) -> RunFolder:
     return run
 
 
+def tokenizer_home(folder: Path, adapter: Path | None) -> Path:
+    """The folder whose tokenizer counts: the adapter's, with the chat template that it was trained
+    with, if it brings one, else that of the model in `folder`."""
+    saved = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return adapter if adapter is not None and saved else folder
+
+
 def backbone_and_adapter(path: str | Path) -> tuple[Path, Path]:
     """(OUT, adapter) of a run, or of an output of `quantize` with its start adapter.
 

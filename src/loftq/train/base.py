@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loftq import api
 from loftq.integrations import discover
 from loftq.integrations.peft import check_lineage
-from loftq.integrations.run_folder import START, RunFolder, backbone_and_adapter
+from loftq.integrations.run_folder import START, RunFolder, backbone_and_adapter, tokenizer_home
 from loftq.integrations.source import resolve_source
 from loftq.methods import find_method
 from loftq.pipeline.run import JOURNAL
@@ -75,11 +75,10 @@ class Located:
 
 
 def own_tokenizer(model: str) -> Path | None:
-    """Where a run keeps the tokenizer and chat template it was trained with; None = no run."""
+    """The folder whose tokenizer a run was trained with; None = MODEL is no run."""
     if not (Path(model) / "base.json").is_file():
         return None
-    adapter = backbone_and_adapter(model)[1]
-    return adapter if (adapter / "tokenizer_config.json").is_file() else None
+    return tokenizer_home(*backbone_and_adapter(model))
 
 
 def backbone_folder(model: str) -> Path:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
+from loftq.train.data.prepare import PROMPTS
+
 CONFIG_VERSION = 1
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -13,9 +15,6 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 LEARNING_RATES = {"sft": 2e-4, "preference": 1e-5}
 """Default learning rate of a LoRA by kind of data: preferences want a much gentler one."""
-
-
-MOST_SAMPLES = 3  # prompts that the data holds out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 return f"{name}={value}: must be positive."
-        if self.samples > MOST_SAMPLES:
-            return f"samples={self.samples}: at most {MOST_SAMPLES} prompts are held out."
+        if self.samples > PROMPTS:
+            return f"samples={self.samples}: at most {PROMPTS} prompts are held out."
         if self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
             return (
                 f"save_steps={self.save_steps}: must be a multiple of eval_steps="

@@ -15,6 +15,7 @@ from loftq.formats import COMPONENTS, QuantizedTensor, parse_format
 from loftq.integrations.artifact import WEIGHTS_INDEX, companions
 from loftq.integrations.export.adapter import LoraAdapter
 from loftq.integrations.peft import check_lineage
+from loftq.integrations.run_folder import tokenizer_home
 from loftq.integrations.source import resolve_source
 from loftq.pipeline.run import JOURNAL
 
@@ -87,8 +88,7 @@ class ExportSource:
 
         Training may have given a base model the chat template that it now answers by.
         """
-        trained = self.adapter.folder
-        return trained if (trained / "tokenizer_config.json").is_file() else self.folder
+        return tokenizer_home(self.folder, self.adapter.folder)
 
     @property
     def companions(self) -> dict[str, bytes]:
