@@ -10,7 +10,9 @@ import torch
 
 from loftq.chat.conversation import Conversation
 from loftq.integrations.causal import CausalModel, open_causal
+from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.generate import Answer, Sampling, answer
+from loftq.integrations.stepwise import decoder_for, why_not_stepwise
 from loftq.nn import packed_layers
 from loftq.report.doctor import available_memory
 
@@ -62,6 +64,9 @@ class Session:
         self.sampling = sampling or Sampling()
         self.conversation = Conversation(opened.tokenizer, context=opened.context, system=system)
         self._answers = 0
+        self._decoder: GraphDecoder | None = None
+        self.why_not_stepwise = why_not_stepwise(opened.model)
+        """Reason that transformers decodes token by token, or "" if steps are CUDA graphs."""
 
     def reply(
         self,
@@ -93,6 +98,7 @@ class Session:
             self.opened.tokenizer,
             prompt.ids,
             sampling,
+            decoder=self._decoder_for(len(prompt.ids) + room),
             on_text=on_text,
             interruptible=interruptible,
         )
@@ -101,6 +107,14 @@ class Session:
             self.conversation.add(text, found.text)
         full = found.ended == "length" and room < wanted
         return Reply(answer=found, forgotten=prompt.forgotten, context_full=full)
+
+    def _decoder_for(self, tokens: int) -> GraphDecoder | None:
+        if not self.why_not_stepwise:
+            opened = self.opened
+            self._decoder = decoder_for(
+                opened.model, tokens, before=self._decoder, limit=opened.context
+            )
+        return self._decoder
 
     def reset(self) -> None:
         """Begin anew: no turns, and the draws of the first answer."""

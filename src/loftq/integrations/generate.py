@@ -1,7 +1,8 @@
 """One answer of a causal language model, token by token: for chat, and for the samples of a run.
 
-transformers' `generate` does the work. Here are the settings that decide a text, the tokens at
-which an answer ends, and the text so far, passed on as it grows.
+transformers' `generate` does the work, or on a GPU a decoder of CUDA graphs (stepwise.py). Here are
+the settings that decide a text, the tokens at which an answer ends, and the text so far, passed on
+as it grows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.generation import BaseStreamer
+
+from loftq.integrations.decode import GraphDecoder
+from loftq.integrations.stepwise import continue_prompt
 
 ENDED = ("stop", "length", "interrupted")
 UNFINISHED = "�"
@@ -77,6 +81,7 @@ def answer(
     prompt_ids: Sequence[int],
     sampling: Sampling | None = None,
     *,
+    decoder: GraphDecoder | None = None,
     on_text: Callable[[str], object] | None = None,
     interruptible: bool = False,
 ) -> Answer:
@@ -90,6 +95,8 @@ def answer(
         tokenizer: its tokenizer.
         prompt_ids: at least one token id, special tokens included.
         sampling: None = greedy, 512 tokens at most.
+        decoder: of this model, with room for prompt and answer (stepwise.decoder_for); None leaves
+            the steps to `generate`.
         on_text: called with each new piece of text; the pieces joined are `Answer.text`.
         interruptible: Ctrl-C ends the answer and returns what there is, instead of propagating.
 
@@ -106,12 +113,15 @@ def answer(
     interrupted = False
     with _evaluating(model), _drawing(sampling, device):
         try:
-            model.generate(  # type: ignore[operator]
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=_generation_config(sampling, stops, tokenizer),
-                streamer=streamer,
-            )
+            if decoder is not None:
+                continue_prompt(decoder, prompt, sampling, stops=stops, streamer=streamer)
+            else:
+                model.generate(  # type: ignore[operator]
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=_generation_config(sampling, stops, tokenizer),
+                    streamer=streamer,
+                )
             streamer.finish()
         except KeyboardInterrupt:
             if not interruptible:
