@@ -31,7 +31,7 @@ Format = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="loftq (default), qlora, or fast, which calibrates on --data; `loftq lab methods` "
+        help="loftq (default), qlora, or fast, which needs `quantize --data`; `loftq lab methods` "
         "lists reproductions."
     ),
 ]

@@ -61,6 +61,19 @@ def test_what_the_user_fixed_stays() -> None:
     assert asked == {"bits", "rank", "head", "context"}
 
 
+def test_a_tied_embedding_cannot_be_asked_onto_the_host() -> None:
+    tied = hf.Qwen3Config(
+        vocab_size=800, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="host_embedding=true: the head shares"):
+        fit(
+            lambda **options: subject_of_config(tied, name="tied", **options),
+            24 * 10**9,
+            fixed={"embedding_on_host": True},
+        )
+
+
 def test_the_data_and_the_model_bound_the_context() -> None:
     assert fit(configure, 24 * 10**9, limit=512).settings.length == 512
     assert fit(configure, 24 * 10**9, longest=77, limit=512).settings.length == 77

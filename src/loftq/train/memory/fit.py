@@ -110,6 +110,7 @@ def fit(
     Raises:
         NothingFits: with the smallest need and what it is made of.
         UnknownModel: the model cannot be walked through.
+        ValueError: a tied embedding is asked to be on the host.
     """
     chosen, fixed = settings or TrainingSettings(), dict(fixed or {})
     room = usable(budget, chosen.device)
@@ -145,6 +146,11 @@ def _candidates(
     """Every choice, in the order of preference."""
     any_of_it = {"bits": fixed.get("bits"), "rank": fixed.get("rank") or DEFAULT_RANK}
     shared = _subject(configure, any_of_it).tied
+    if shared and fixed.get("embedding_on_host"):
+        raise ValueError(
+            "host_embedding=true: the head shares the embedding's table and needs it on the "
+            "device. Leave it out; embedding=8 halves the table."
+        )
     ranks = [fixed["rank"]] if fixed.get("rank") else _halved(DEFAULT_RANK, LOWEST_RANK)
     lengths = [fixed["length"]] if fixed.get("length") else _halved(start, SHORTEST)
     widths = [fixed.get("bits")] if "bits" in fixed else list(BITS)
