@@ -245,13 +245,29 @@ def test_options_of_a_quantization_are_refused_for_a_packed_model(
         train(out, chats, tmp_path / "run", bits=2, rank=8)
 
 
-def test_a_method_that_calibrates_is_sent_to_quantize_first(
+def test_a_method_that_calibrates_asks_for_its_text(
     train: Callable, model: Path, chats: Path, tmp_path: Path
 ) -> None:
     for more in ({}, {"memory": "8GB"}):
-        with pytest.raises(TrainError, match=r"Quantize first .* --method cloq .* train OUT"):
+        with pytest.raises(TrainError, match=r"calibration=TEXT .* --method cloq .* train OUT"):
             train(model, chats, tmp_path / "run", method="cloq", **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_to_calibrate_on_is_told_from_the_training_data(
+    train: Callable, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five " * 200)
+    options = {"method": "cloq", "calibration": str(text), "calibration_context": 16, "bits": 2}
+    train(model, chats, tmp_path / "run", max_steps=1, **options)
+    settings = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (settings["data"], settings["calibration"]) == (str(chats), str(text))
+    packed = Path(json.loads((tmp_path / "run/base.json").read_text())["path"])
+    record = json.loads((packed / "loftq.json").read_text())["layers"][0]
+    assert record["tokens"] == 992
+    with pytest.raises(TrainError, match="packed already, so calibration would change nothing"):
+        train(packed, chats, tmp_path / "next", calibration=str(text))
 
 
 def test_an_early_stop(train: Callable, out: Path, chats: Path, tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def within(model: str, memory: str, data: str | None, options: Mapping[str, Any]
     Raises:
         ValueError: not a size, nothing fits, or a method that calibrates: data is training data.
     """
-    from loftq.train.base import refuse_calibrated
+    from loftq.train.base import require_calibration
     from loftq.train.memory import TrainingSettings, configurable, context_limit, fit, parse_size
 
-    refuse_calibrated(options.get("method"))
+    require_calibration(options)
     budget = parse_size(memory)
     fixed = {key: options[key] for key in FIXABLE if key in options}
     if "format" in options or "engine" in options:

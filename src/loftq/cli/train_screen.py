@@ -45,6 +45,11 @@ class TrainScreen(Listener):
         self._quantize = QuantizeProgress(self._screen, self._side)
         self._quantize.start(plan)
 
+    def calibrated(self, path: str, done: int, total: int) -> None:
+        """Move the bar of the calibration."""
+        assert self._quantize is not None
+        self._quantize.on_block(path, done, total)
+
     def quantized(self, batch: Batch, records: list[Mapping[str, Any]], resumed: bool) -> None:
         """Move the bar of the quantization."""
         assert self._quantize is not None

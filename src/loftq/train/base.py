@@ -23,6 +23,7 @@ from loftq.methods import find_method
 from loftq.pipeline.run import JOURNAL
 from loftq.train.errors import TrainError
 from loftq.train.listener import Listener
+from loftq.train.options import CALIBRATION
 
 if TYPE_CHECKING:
     from loftq.pipeline.plan import Plan
@@ -95,21 +96,24 @@ def backbone_folder(model: str) -> Path:
     return folder
 
 
-def refuse_calibrated(method: str | None) -> None:
-    """Refuse a method that calibrates: the one `data` of a training is what it trains on.
+def require_calibration(options: Mapping[str, Any]) -> None:
+    """Refuse a method that calibrates and was given no text for it.
 
     Args:
-        method: name of a row of the method table; None = the default, which needs no text.
+        options: of the quantization, only those that were given; `data` is the calibration text.
 
     Raises:
         TrainError: the method needs text.
         ValueError: it does not exist.
     """
-    if method is not None and find_method(method).needs != "none":
+    method = options.get("method")
+    if method is None or options.get("data") is not None:
+        return
+    if find_method(method).needs != "none":
         raise TrainError(
             f"method={method}: calibrates on a text of its own, and data is training data here. "
-            f"Quantize first (loftq quantize MODEL -o OUT --method {method} --data TEXT), then "
-            "train OUT."
+            "Give calibration=TEXT to `train`, or quantize first (loftq quantize MODEL -o OUT "
+            f"--method {method} --data TEXT) and train OUT."
         )
 
 
@@ -165,7 +169,13 @@ def settle(found: Located, options: Mapping[str, Any], listener: Listener) -> Ba
     if found.planned is not None and not _is_made(found.out):  # nor by another process meanwhile
         listener.quantizing(found.planned, found.out)
         found.out.parent.mkdir(parents=True, exist_ok=True)
-        api.quantize(found.model, found.out, on_batch=listener.quantized, **options)
+        api.quantize(
+            found.model,
+            found.out,
+            on_batch=listener.quantized,
+            on_block=listener.calibrated,
+            **options,
+        )
         listener.quantizing_done()
     file = found.out / "loftq.json"
     try:
@@ -195,7 +205,8 @@ def cache_folder() -> Path:
 
 
 def _refuse_options(model: str, options: Mapping[str, Any]) -> None:
-    given = sorted(set(options) - set(SHARED))
+    renamed = {"data": CALIBRATION}
+    given = sorted(renamed.get(name, name) for name in set(options) - set(SHARED))
     if given:
         raise TrainError(
             f"{model}: packed already, so {', '.join(given)} would change nothing. Leave "

@@ -59,6 +59,9 @@ class Listener:
     def quantizing(self, plan: Plan, folder: Path) -> None:
         """MODEL is full precision: it is quantized into `folder`."""
 
+    def calibrated(self, path: str, done: int, total: int) -> None:
+        """The statistics of a block are taken (integrations.calibrate.OnBlock)."""
+
     def quantized(self, batch: Batch, records: list[Mapping[str, Any]], resumed: bool) -> None:
         """A batch of layers is done (pipeline.run.OnBatch)."""
 

@@ -11,6 +11,10 @@ from loftq.train.config import CONFIG_VERSION, TrainConfig, unknown_option
 from loftq.train.data import DataSettings
 
 
+CALIBRATION = "calibration"
+"""Name, in a training, of the quantization's `data`: the data of a training is what it learns."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """Options, sorted."""
@@ -24,6 +28,8 @@ class Chosen:
         """config.yaml: everything that decides the result, under the names of the options."""
         rows = {k: v for k, v in self.data.to_dict().items() if k != "version"}
         quantize = {k: list(v) if isinstance(v, tuple) else v for k, v in self.quantize.items()}
+        if "data" in quantize:
+            quantize[CALIBRATION] = str(quantize.pop("data"))
         named = {"model": model, "data": data, "validation": validation}
         config = {k: v for k, v in self.config.to_dict().items() if k != "version"}
         return {"version": CONFIG_VERSION, **named, **quantize, **rows, **config}
@@ -31,7 +37,9 @@ class Chosen:
 
 def option_types() -> dict[str, Any]:
     """Every option with its type: of the training, the data, and the quantization."""
-    return {**_types(TrainConfig), **_types(DataSettings), **_types(QuantizeConfig)}
+    quantize = _types(QuantizeConfig)
+    quantize[CALIBRATION] = quantize.pop("data")
+    return {**_types(TrainConfig), **_types(DataSettings), **quantize}
 
 
 def split_options(options: Mapping[str, Any]) -> Chosen:
@@ -48,10 +56,14 @@ def split_options(options: Mapping[str, Any]) -> Chosen:
     def of(kind: type) -> dict[str, Any]:
         return {name: value for name, value in options.items() if name in _types(kind)}
 
+    quantize = of(QuantizeConfig)
+    if options.get(CALIBRATION) is not None:
+        quantize["data"] = options[CALIBRATION]
+
     return Chosen(
         config=TrainConfig(**of(TrainConfig)),
         data=DataSettings(**of(DataSettings)),
-        quantize=of(QuantizeConfig),
+        quantize=quantize,
     )
 
 

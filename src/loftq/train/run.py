@@ -20,7 +20,7 @@ from loftq.train.base import (
     backbone_folder,
     locate,
     own_tokenizer,
-    refuse_calibrated,
+    require_calibration,
     settle,
 )
 from loftq.train.budget import fit_to
@@ -71,14 +71,14 @@ def train(
         listener: told how the run goes.
         **options: fields of `TrainConfig` (learning_rate, epochs, ...), of `DataSettings`
             (max_length, holdout, ...) and of `QuantizeConfig` (bits, rank, ..., for a
-            full-precision model).
+            full-precision model; its text to calibrate on is `calibration` here).
 
     Returns:
         TrainResult: losses, steps, samples, memory, and where the adapter is.
 
     Raises:
-        TrainError: settings that cannot be carried out, a method that calibrates for a
-            full-precision model, other settings than those of an unfinished run in `output`, a
+        TrainError: settings that cannot be carried out, a method that calibrates without
+            `calibration`, other settings than those of an unfinished run in `output`, a
             loss that is not a number, memory that is not enough.
         DataError: rows that cannot be used.
         ValueError: anything wrong with the model or an option.
@@ -91,7 +91,7 @@ def train(
     _refuse_own_output(names[0], run)
     folder, tokenizer = backbone_folder(names[0]), own_tokenizer(names[0])
     if not (folder / "loftq.json").is_file():  # or else `locate` says that it is packed already
-        refuse_calibrated(chosen.quantize.get("method"))
+        require_calibration(chosen.quantize)
     if memory is not None:
         rows = read_inputs(folder, names[1], names[2], chosen.data, place, tokenizer=tokenizer)
         chosen, fit = fit_to(memory, folder, chosen, rows, place, set(options))
