@@ -117,7 +117,12 @@ def test_data_is_calibration_text_unless_there_is_a_budget(
     assert found["calibration"]["source"] == "some.txt"
     refused = loftq(*calibrated, "--memory", "2GB")
     assert refused.code == 1
-    assert "data is training data here. Quantize first" in refused.err
+    assert "data is training data here. Give calibration=TEXT" in refused.err
+    both = loftq(
+        "plan", model, "--rank", 4, "--method", "cloq", f"calibration={text}", "--memory", "2GB",
+        "calibration_context=16", "--json",
+    ).json  # fmt: skip
+    assert both["calibration"]["source"] == "some.txt"
     plain = loftq("plan", model, "--rank", 4, "--data", tmp_path / "some.txt")
     assert "loftq needs no text" in plain.out
 
@@ -129,6 +134,21 @@ def test_data_beside_a_budget_is_training_data(loftq: Callable, tmp_path: Path) 
     found = loftq("plan", model, "--rank", 4, "--data", text, "--memory", "2GB", "--json").json
     assert "data" not in [choice["name"] for choice in found["choices"]]
     assert found["training"]["tokens_per_epoch"] > 0
+    shorter = loftq(
+        "plan", model, "--rank", 4, "--data", text, "--memory", "2GB", "max_length=9",
+        "optimizer=adamw_8bit", "--json",
+    ).json["training"]  # fmt: skip
+    assert shorter["settings"]["length"] == 9
+    optimizer = [plan["peak"]["optimizer"] for plan in (shorter, found["training"])]
+    assert 4 * optimizer[0] <= optimizer[1]
+
+
+def test_keys_of_a_training_are_none_of_a_plan_without_a_budget(
+    loftq: Callable, model: Path
+) -> None:
+    refused = loftq("plan", model, "--rank", 4, "max_length=64")
+    assert refused.code == 2
+    assert "max_length" in refused.err
 
 
 def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from loftq.train.memory import Fit
 
-FIXABLE = ("bits", "rank", "embedding", "head")
+ELSEWHERE = ("device", "max_shard_bytes")
+"""Options of a quantization that say nothing of the training."""
 MOMENTS = {
     "loss": "in the loss",
     "backward of the loss": "in the backward of the loss",
@@ -31,11 +32,6 @@ class Training:
     tokens: int | None
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Options of `quantize` that were chosen."""
-        return {key: value for key, value in self.fit.options.items() if key in FIXABLE}
-
-    @property
     def hours(self) -> float | None:
         """Hours for one pass over the data."""
         return None if self.tokens is None else self.fit.pace.hours(self.tokens)
@@ -50,39 +46,44 @@ class Training:
         }
 
 
-def within(model: str, memory: str, data: str | None, options: Mapping[str, Any]) -> Training:
-    """Choose what fits `memory`; what the user has set stays.
+def within(
+    model: str, memory: str, data: str | None, options: Mapping[str, Any]
+) -> tuple[Training, dict[str, Any]]:
+    """Choose what fits `memory`, as `train --memory` does; what the user has set stays.
 
     Args:
         model: full-precision model.
         memory: size of the card, such as 8GB.
         data: training data; None = rows of any length.
-        options: of the quantization, only those that were given.
+        options: of a training and its quantization (train.options), and device; only those that
+            were given.
+
+    Returns:
+        The training, and the options of its quantization with what was chosen.
 
     Raises:
-        ValueError: not a size, nothing fits, or a method that calibrates: data is training data.
+        ValueError: not a size, nothing fits, or a method that calibrates without `calibration`.
     """
+    from loftq.integrations.discover import resolve_source
     from loftq.train.base import require_calibration
-    from loftq.train.memory import TrainingSettings, configurable, context_limit, fit, parse_size
+    from loftq.train.budget import fit_to
+    from loftq.train.inputs import read_inputs, token_count
+    from loftq.train.options import split_options
+    from loftq.train.place import Place
 
-    require_calibration(options)
-    budget = parse_size(memory)
-    fixed = {key: options[key] for key in FIXABLE if key in options}
-    if "format" in options or "engine" in options:
-        fixed["bits"] = None  # the format is settled
-    rest = {k: v for k, v in options.items() if k not in (*FIXABLE, "device", "max_shard_bytes")}
-    cpu = str(options.get("device", "cuda")).startswith("cpu")
-    settings = TrainingSettings(device="cpu", dtype="fp32") if cpu else TrainingSettings()
-    longest, tokens = (None, None) if data is None else _data(model, data)
-    found = fit(
-        configurable(model, rest),
-        budget,
-        longest=longest,
-        limit=context_limit(model),
-        fixed=fixed,
-        settings=settings,
+    rest = {key: value for key, value in options.items() if key not in ELSEWHERE}
+    device = "cpu" if str(options.get("device", "cuda")).startswith("cpu") else "cuda"
+    chosen, folder = split_options(rest), resolve_source(model)
+    require_calibration(chosen.quantize)
+    rows = None if data is None else read_inputs(folder, data, None, chosen.data, Place("cpu"))
+    dtype = chosen.config.dtype
+    if dtype == "auto":  # of a card that need not be here
+        dtype = "fp32" if device == "cpu" else "bf16"
+    fitted, found = fit_to(
+        memory, folder, chosen, rows, device=device, dtype=dtype, given=set(rest)
     )
-    return Training(found, tokens)
+    tokens = None if rows is None else token_count(rows)
+    return Training(found, tokens), dict(fitted.quantize)
 
 
 def show(out: Console, training: Training) -> None:
@@ -116,17 +117,3 @@ def show(out: Console, training: Training) -> None:
             f"{fit.pace.basis}",
         )  # fmt: skip
     out.print(left)
-
-
-def _data(model: str, data: str) -> tuple[int, int]:
-    """Tokens of the longest row of the data, and of all rows."""
-    from transformers import AutoTokenizer
-
-    from loftq.integrations.discover import resolve_source
-    from loftq.train.data import DataSettings, prepare
-    from loftq.train.memory import context_limit
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(model))
-    prepared = prepare(data, tokenizer, DataSettings(), model_context=context_limit(model))
-    lengths = [len(ids) for ids in prepared.train["input_ids"]]
-    return max(lengths), sum(lengths)

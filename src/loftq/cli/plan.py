@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,7 +52,8 @@ def plan(
         "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device,
         "seed": seed, "allow_uncovered": allow_uncovered,
     }  # fmt: skip
-    request = options.collect(flags, settings, config)
+    known = None if memory is None else {**_training_keys(), **options.keys()}
+    request = options.collect(flags, settings, config, known)
     with console.answering(as_json=as_json):
         from loftq import api
         from loftq.cli.choices import choices
@@ -61,8 +62,8 @@ def plan(
         training, settled, given = None, dict(request.options), request.given
         if memory is not None:
             rows = settled.pop("data", None)  # of the training, not of a calibration
-            training = fitting.within(model, memory, rows, settled)
-            settled |= training.options
+            training, quantize = fitting.within(model, memory, rows, settled)
+            settled = quantize | {k: v for k, v in settled.items() if k in fitting.ELSEWHERE}
             given -= {"data"}
         planned = api.plan(model, **settled)
         report = describe_plan(planned)
@@ -93,6 +94,12 @@ def plan(
             f"\n{output}: {console.size(free)} free, {console.size(report.disk_bytes)} needed. "
             "Free some space or choose another disk."
         )
+
+
+def _training_keys() -> dict[str, Any]:
+    from loftq.train.options import option_types
+
+    return option_types()
 
 
 def print_serving(out: Console, report: PlanReport) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.inference import prepare_for_inference
@@ -25,7 +25,7 @@ ROOM = 1024
 """The cache is made for a multiple of so many tokens, so that later answers find room in it."""
 
 
-def why_not_stepwise(model: nn.Module) -> str:
+def why_not_stepwise(model: Any) -> str:
     """Reason that `generate` has to decode this model token by token, or ""."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:

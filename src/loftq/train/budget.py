@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.train.arguments import resolve_dtype
 from loftq.train.forecast import SIDES
 from loftq.train.inputs import Inputs, longest_row
 from loftq.train.options import Chosen
-from loftq.train.place import Place
 
 if TYPE_CHECKING:
     from loftq.train.memory.fit import Fit
@@ -21,7 +19,14 @@ TABLES = ("embedding", "head")
 
 
 def fit_to(
-    memory: str, folder: Path, chosen: Chosen, inputs: Inputs, place: Place, given: set[str]
+    memory: str,
+    folder: Path,
+    chosen: Chosen,
+    inputs: Inputs | None,
+    *,
+    device: str,
+    dtype: str,
+    given: set[str],
 ) -> tuple[Chosen, Fit]:
     """Options with what was left open chosen so that the run fits `memory`.
 
@@ -32,8 +37,9 @@ def fit_to(
         memory: size of the card, such as 8GB.
         folder: of the packed or the full-precision model.
         chosen: the options.
-        inputs: rows at their full length.
-        place: the device.
+        inputs: rows at their full length; None = of any length.
+        device: "cpu" or "cuda", which need not be here.
+        dtype: of the computation: bf16, fp16 or fp32.
         given: names of the options that the user gave.
 
     Raises:
@@ -43,10 +49,11 @@ def fit_to(
     from loftq.train.memory.budget import parse_size
     from loftq.train.memory.fit import fit
     from loftq.train.memory.predict import TrainingSettings
-    from loftq.train.memory.source import configurable
+    from loftq.train.memory.source import configurable, context_limit
     from loftq.train.memory.subject import subject_of_output
 
-    packed, sides = (folder / "loftq.json").is_file(), SIDES[inputs.prepared.kind]
+    packed = (folder / "loftq.json").is_file()
+    sides = 1 if inputs is None else SIDES[inputs.prepared.kind]
     fixed: dict[str, Any] = {}
     if packed:
         subject = subject_of_output(folder)
@@ -75,22 +82,18 @@ def fit_to(
     found = fit(
         configure,
         parse_size(memory),
-        longest=longest_row(inputs),
-        limit=inputs.prepared.counts.max_length,
+        longest=None if inputs is None else longest_row(inputs),
+        limit=context_limit(folder) if inputs is None else inputs.prepared.counts.max_length,
         fixed=fixed,
-        settings=TrainingSettings(
-            dtype=resolve_dtype(chosen.config.dtype, place.device),
-            optimizer=chosen.config.optimizer,
-            device=place.device.type,
-        ),
+        settings=TrainingSettings(dtype=dtype, optimizer=chosen.config.optimizer, device=device),
     )
-    return _with(chosen, found, {} if packed else found.options, inputs, given), found
+    return _with(chosen, found, {} if packed else found.options, sides, given), found
 
 
 def _with(
-    chosen: Chosen, found: Fit, options: Mapping[str, Any], inputs: Inputs, given: set[str]
+    chosen: Chosen, found: Fit, options: Mapping[str, Any], sides: int, given: set[str]
 ) -> Chosen:
-    step, sides = found.settings, SIDES[inputs.prepared.kind]
+    step = found.settings
     rows = max(1, step.batch_size // sides)
     fitted: dict[str, Any] = {
         "batch_size": rows,

@@ -108,6 +108,12 @@ def longest_row(inputs: Inputs) -> int:
     return max(map(len, rows["input_ids"])) if inputs.prepared.kind == "sft" else most
 
 
+def token_count(inputs: Inputs) -> int | None:
+    """Tokens of an epoch; None for preferences, which TRL encodes later."""
+    rows = inputs.prepared.train
+    return sum(map(len, rows["input_ids"])) if inputs.prepared.kind == "sft" else None
+
+
 def _trained_part(row: Mapping[str, Sequence[int]]) -> Sequence[int]:
     """The tokens of a row up to the last one that is learnt."""
     mask = row["completion_mask"]

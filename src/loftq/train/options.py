@@ -10,7 +10,6 @@ from loftq.pipeline.config import QuantizeConfig
 from loftq.train.config import CONFIG_VERSION, TrainConfig, unknown_option
 from loftq.train.data import DataSettings
 
-
 CALIBRATION = "calibration"
 """Name, in a training, of the quantization's `data`: the data of a training is what it learns."""
 

@@ -15,6 +15,7 @@ from typing import Any
 from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
+from loftq.train.arguments import resolve_dtype
 from loftq.train.base import (
     Base,
     backbone_folder,
@@ -94,7 +95,15 @@ def train(
         require_calibration(chosen.quantize)
     if memory is not None:
         rows = read_inputs(folder, names[1], names[2], chosen.data, place, tokenizer=tokenizer)
-        chosen, fit = fit_to(memory, folder, chosen, rows, place, set(options))
+        chosen, fit = fit_to(
+            memory,
+            folder,
+            chosen,
+            rows,
+            device=place.device.type,
+            dtype=resolve_dtype(chosen.config.dtype, place.device),
+            given=set(options),
+        )
         told.fitted(fit)
     settings = {**chosen.settings(*names), "memory": memory}
     with _claimed(run, place):
