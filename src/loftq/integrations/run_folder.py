@@ -25,6 +25,8 @@ class RunBase:
     """sha256 of its packed tensors, as in loftq.json."""
     model: str
     """The model as the user named it."""
+    baseline: str = ""
+    """full or lora16 where the original model was trained instead of a packed one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter, a standard PEFT folder."""
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model of a run that trained every weight, in place of an adapter."""
+        return self.path / "model"
 
     @property
     def config(self) -> Path:
@@ -86,6 +93,7 @@ class RunFolder:
                 path=self.path / found["path"],  # an absolute path stays what it is
                 backbone=str(found["backbone"]),
                 model=str(found["model"]),
+                baseline=str(found.get("baseline", "")),
             )
         except FileNotFoundError:
             raise RunError(
@@ -130,8 +138,14 @@ def backbone_and_adapter(path: str | Path) -> tuple[Path, Path]:
     if (folder / "loftq.json").is_file():
         out, adapter = folder, folder / START
     else:
-        run = open_run(folder)
-        out, adapter = run.base().path, run.adapter
+        run = RunFolder(folder)
+        base = run.base()
+        if base.baseline:
+            raise RunError(
+                f"{folder}: a baseline ({base.baseline}) on the full-precision model {base.model}, "
+                "without a packed backbone. `loftq eval` with its task scores it."
+            )
+        out, adapter = base.path, open_run(folder).adapter
     try:
         backbone = json.loads((out / "loftq.json").read_text(encoding="utf-8"))["backbone"]
     except (OSError, ValueError, KeyError, TypeError) as error:

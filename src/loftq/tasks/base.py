@@ -1,8 +1,8 @@
 """What a task is: data, splits, a head, a metric, and the settings that its paper used.
 
-A task is an instance of one of the kinds (kinds/), made in a file of its own and listed in table.py.
-Importing any of them is cheap: torch, transformers and the metric libraries are imported by what
-uses them.
+A task is an instance of one of the kinds (kinds/), made in a file of its own and listed in
+table.py. Importing any of them is cheap: torch, transformers and the metric libraries are imported
+by what uses them.
 """
 
 from __future__ import annotations
@@ -90,10 +90,17 @@ class Task(ABC):
 
     kind: ClassVar[str]
     """classification, regression, spans, language, reasoning, summarization."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """That its metrics are taken from, beyond what loftq always has."""
     new_head: ClassVar[bool] = False
     """Whether the model gets a fresh head, which is trained in full beside the adapter."""
     selects_by_loss: ClassVar[bool] = True
     """Whether the best checkpoint has the lowest validation loss; else the best primary metric."""
+
+    @property
+    @abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """Keys of what `score` returns."""
 
     @abstractmethod
     def auto_class(self, config: Any) -> str:
@@ -108,7 +115,9 @@ class Task(ABC):
         """Why a row cannot be used (found, expected), or ""; the columns are there already."""
 
     @abstractmethod
-    def encode(self, rows: Sequence[TaskRow], tokenizer: Any, config: Any, length: int) -> list[Any]:
+    def encode(
+        self, rows: Sequence[TaskRow], tokenizer: Any, config: Any, length: int
+    ) -> list[Any]:
         """Features to train on: dicts of lists of int, `labels` among them.
 
         Args:
@@ -132,12 +141,24 @@ class Task(ABC):
         """A prediction per row, JSON-ready; the model is in eval mode, on its device."""
 
     @abstractmethod
-    def score(self, predictions: Sequence[Any], rows: Sequence[TaskRow]) -> dict[str, Score]:
+    def score(
+        self, predictions: Sequence[Any], rows: Sequence[TaskRow], *, intervals: bool = True
+    ) -> dict[str, Score]:
         """Metrics of predictions against the rows' references.
+
+        Without `intervals` those that take long to find are left out (low = high = value).
 
         Raises:
             TaskError: a metric that these references leave undefined.
         """
+
+    def refuse_undefined(self, rows: Sequence[TaskRow]) -> None:
+        """Refuse references that leave a metric undefined, before anything takes time.
+
+        Raises:
+            TaskError: they do.
+        """
+        return  # most metrics are defined for any references
 
     @abstractmethod
     def example(self, row: TaskRow, prediction: Any | None = None) -> tuple[str, str]:
