@@ -45,6 +45,8 @@ class Headed:
     model: nn.Module
     head: tuple[str, ...]
     """Modules that are trained in full: what is new, and a pooler before it."""
+    new: tuple[str, ...] = ()
+    """Tensors that the folder has no weights for: those of a fresh head."""
 
 
 def load_headed(
@@ -68,19 +70,21 @@ def load_headed(
     try:
         with _quiet():
             model, found = getattr(transformers, auto_class).from_pretrained(
-                folder, output_loading_info=True, **options
+                folder, output_loading_info=True, ignore_mismatched_sizes=new_head, **options
             )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise HeadError(f"{folder}: its kind of model has no {auto_class}.") from error
-    missing = sorted(found["missing_keys"])
+    # A head for other classes is replaced as if there were none.
+    other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    missing = sorted({*found["missing_keys"], *other})
     if missing and not new_head:
         raise HeadError(
             f"{folder}: has no weights for {missing[0]} (and {len(missing) - 1} more) of "
             f"{type(model).__name__}. Give a model of that class."
         )
-    return Headed(model, _head(model, missing) if new_head else ())
+    return Headed(model, _head(model, missing) if new_head else (), tuple(missing))
 
 
 def _head(model: nn.Module, missing: Sequence[str]) -> tuple[str, ...]:

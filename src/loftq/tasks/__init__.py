@@ -1,7 +1,7 @@
 """Tasks: published data sets with their heads, metrics and settings, to train on and to score.
 
     table.py    every task by name          kinds/     rows -> features -> predictions -> scores
-    sources.py  files or hub -> rows        run.py     train on a task      evaluate.py   score one
+    sources.py  files or hub -> rows        run.py     train on a task      scoring.py   score one
 
 Importing this room imports no torch.
 """
@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Evaluation": "loftq.tasks.evaluate",
+    "Evaluation": "loftq.tasks.scoring",
     "TaskResult": "loftq.tasks.result",
-    "evaluate": "loftq.tasks.evaluate",
+    "evaluate": "loftq.tasks.scoring",
     "train_task": "loftq.tasks.run",
 }
 

@@ -83,6 +83,10 @@ class Task(ABC):
     """That every row must have."""
     primary: str
     """The metric that is the headline."""
+    greater_is_better: bool = True
+    """Of the primary metric."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Split -> stem of its file, where it is not the split's name."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TrainConfig, and max_length: those of the paper."""
     paper: str = ""
@@ -114,6 +118,10 @@ class Task(ABC):
     def problem(self, values: Mapping[str, Any]) -> str:
         """Why a row cannot be used (found, expected), or ""; the columns are there already."""
 
+    def arrange(self, rows: list[TaskRow]) -> list[TaskRow]:
+        """The rows of a split as this kind wants them; called once all are checked."""
+        return rows
+
     @abstractmethod
     def encode(
         self, rows: Sequence[TaskRow], tokenizer: Any, config: Any, length: int
@@ -138,7 +146,18 @@ class Task(ABC):
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[TaskRow], reading: Reading
     ) -> list[Any]:
-        """A prediction per row, JSON-ready; the model is in eval mode, on its device."""
+        """Predictions for the rows, JSON-ready: what `score` takes.
+
+        One for each row, unless the kind scores a text as a whole. The model is on its device; its
+        mode is kept.
+        """
+
+    def answers(
+        self, model: Any, tokenizer: Any, rows: Sequence[TaskRow], reading: Reading
+    ) -> list[str]:
+        """What the model says to each row, for a person to read."""
+        found = zip(rows, self.predict(model, tokenizer, rows, reading), strict=True)
+        return [self.example(row, prediction)[1] for row, prediction in found]
 
     @abstractmethod
     def score(

@@ -27,6 +27,7 @@ from loftq.train.listener import Briefing, Listener
 from loftq.train.peak import PeakMeter, capacity
 from loftq.train.place import Place
 from loftq.train.samples import earlier_samples
+from loftq.train.session import undisturbed
 
 
 @dataclass(kw_only=True)
@@ -45,12 +46,13 @@ class TaskSession:
 
     def carry_out(self) -> TaskResult:
         """Train, score, and write everything that a finished run holds."""
-        self._load()
-        samples = self._samples_before()
-        trainer = self._build()
-        self._brief()
-        self._train(trainer)
-        self._finish(trainer, samples)
+        with undisturbed():
+            self._load()
+            samples = self._samples_before()
+            trainer = self._build()
+            self._brief()
+            self._train(trainer)
+            self._finish(trainer, samples)
         self.place.wait()
         return read_task_result(self.run, resumed=self.first_step)
 
@@ -97,8 +99,8 @@ class TaskSession:
     def _answers(self, rows: Sequence[TaskRow]) -> list[str]:
         if not rows:
             return []
-        found = zip(rows, self._predict(rows), strict=True)
-        return [self.inputs.task.example(row, prediction)[1] for row, prediction in found]
+        inputs = self.inputs
+        return inputs.task.answers(self.model, inputs.tokenizer, rows, self.chosen.reading())
 
     def _build(self) -> TaskTrainer:
         from transformers import EarlyStoppingCallback, PrinterCallback

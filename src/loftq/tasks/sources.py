@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from loftq.train.data.problems import BadRow, BadRows, DataError, Place
 VARIABLE = "LOFTQ_DATA"
 MOST_HELD = 1000
 """Most rows that are held out of train to choose a checkpoint by."""
+RAW = ".raw"
+"""Suffix of WikiText's files."""
 ORDER = 0
 """Seed of what is held out and of the first rows: the same for every run, so that runs compare."""
 
@@ -45,7 +48,7 @@ def read_split(task: Task, name: str, *, data: str | Path | None = None) -> list
     """
     if task.splits.first is not None:
         return _part_of_one_file(task, name, data)
-    return _checked(task, name, data, _rows(task, name, data))
+    return task.arrange(_checked(task, name, data, _rows(task, name, data)))
 
 
 def read_for_training(
@@ -71,23 +74,19 @@ def read_for_training(
     else:
         train, held = _hold_out(task, train, holdout)
         note = f"the checkpoint is chosen on {len(held)} rows held out of train"
-    if rows is not None and rows < len(train):
-        train = shuffled(train)[:rows]
+    train = some(train, rows)
     if not train or not held:
         raise TaskError(f"{task.name}: {len(train)} rows to train on, {len(held)} held out.")
     return TaskData(train=train, validation=held, source=_named(task, data), notes=(note,))
 
 
 def some(rows: Sequence[TaskRow], count: int | None) -> list[TaskRow]:
-    """The first `count` of a fixed shuffle, or all of them in their order."""
-    return list(rows) if count is None or count >= len(rows) else shuffled(rows)[:count]
-
-
-def shuffled(rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """The rows in an order that is the same for every run."""
-    found = list(rows)
-    random.Random(ORDER).shuffle(found)
-    return found
+    """The first `count` of a fixed shuffle, in the order of the data; None = all."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    order = list(range(len(rows)))
+    random.Random(ORDER).shuffle(order)
+    return [rows[i] for i in sorted(order[:count])]
 
 
 def _hold_out(
@@ -163,7 +162,8 @@ def _rows(task: Task, name: str | None, data: str | Path | None) -> Rows:
     root = _root(data)
     if root is None:
         return _hub_rows(task, name)
-    return read_file(_file(task, root, name))
+    path = _file(task, root, name)
+    return _raw_lines(path) if kind_of(path) == RAW else read_file(path)
 
 
 def _root(data: str | Path | None) -> Path | None:
@@ -179,18 +179,33 @@ def _root(data: str | Path | None) -> Path | None:
 
 def _file(task: Task, root: Path, name: str | None) -> Path:
     """The file of a split, whatever kind of file it is."""
-    stem = root / task.local if name is None else root / task.local / name
-    near = sorted(stem.parent.glob(f"{stem.name}.*")) if stem.parent.is_dir() else []
-    for path in near:
-        if kind_of(path) in READERS and path.name.split(".")[0] == stem.name:
-            return path
+    folder = root / task.local
+    stem = folder if name is None else folder / task.files.get(name, name)
+    near = sorted(stem.parent.iterdir()) if stem.parent.is_dir() else []
+    readable = {path: _stem(path) for path in near if kind_of(path) in (*READERS, RAW)}
+    found = next((path for path, known in readable.items() if known == stem.name), None)
+    if found is not None:
+        return found
     if name is not None and stem.parent.is_dir():
-        there = {p.name.split(".")[0] for p in stem.parent.iterdir() if kind_of(p) in READERS}
-        raise _no_split(task, name, sorted(there), where=stem.parent)
+        raise _no_split(task, name, sorted(set(readable.values())), where=stem.parent)
     raise TaskError(
         f"{task.name}: {stem} is not there ({known_kinds()}). Put the files of {task.hub or 'it'} "
         f"under these names, or unset {VARIABLE} to take them from the hub."
     )
+
+
+def _stem(path: Path) -> str:
+    """The name without the suffixes that say how a file is read."""
+    bare = path.with_suffix("") if path.suffix == ".gz" else path
+    return bare.stem
+
+
+def _raw_lines(path: Path) -> Rows:
+    """A WikiText raw file: a row for each line with its end, an empty one where it is blank."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for number, line in enumerate(raw.decode("utf-8").split("\n")[:-1], 1):
+        text = f"{line}\n" if line.strip() else ""
+        yield as_row(Place(str(path), number, "line"), {"text": text})
 
 
 def _hub_rows(task: Task, name: str | None) -> Iterator[Row | BadRow]:
