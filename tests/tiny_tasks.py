@@ -49,14 +49,14 @@ def _write_glue(root: Path) -> None:
         rows = [{"sentence1": a, "sentence2": b, "label": i % 2} for i, a, b in pairs]
         write_rows(root / "rte" / f"{split}.jsonl.gz", rows)
         write_rows(root / "mrpc" / f"{split}.jsonl", rows)
-        write_rows(root / "cola" / f"{split}.jsonl", [
-            {"sentence": a, "label": i % 2} for i, a, _ in pairs])  # fmt: skip
-        write_rows(root / "stsb" / f"{split}.jsonl", [
-            {"sentence1": a, "sentence2": b, "label": float(i % 6)} for i, a, b in pairs])  # fmt: skip
+        single = [{"sentence": a, "label": i % 2} for i, a, _ in pairs]
+        write_rows(root / "cola" / f"{split}.jsonl", single)
+        graded = [{**row, "label": float(i % 6)} for i, row in enumerate(rows)]
+        write_rows(root / "stsb" / f"{split}.jsonl", graded)
         names = [split] if split == "train" else ["validation_matched", "validation_mismatched"]
+        inferred = [{"premise": a, "hypothesis": b, "label": i % 3} for i, a, b in pairs]
         for name in names:
-            write_rows(root / "mnli" / f"{name}.jsonl", [
-                {"premise": a, "hypothesis": b, "label": i % 3} for i, a, b in pairs])  # fmt: skip
+            write_rows(root / "mnli" / f"{name}.jsonl", inferred)
 
 
 def question(i: int) -> dict[str, Any]:

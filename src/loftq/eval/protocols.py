@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.eval.perplexity import longest, window_losses, windows_of
+from loftq.eval.perplexity import window_losses, windows_of
 from loftq.eval.text import encode
 
 OnWindow = Callable[[int, int, float], object]
@@ -32,7 +32,7 @@ class Protocol:
     """How a text becomes one number."""
 
     context: int
-    """Tokens of a window, unless another number is asked for or the model reads fewer."""
+    """Tokens of a window, unless another number is asked for."""
     stream: Callable[[Any, Sequence[str]], Tensor]
     """(tokenizer, rows of text) -> token ids (n,) int64."""
     by_word: bool = False
@@ -99,7 +99,7 @@ def protocol_perplexity(
         tokenizer: its tokenizer.
         rows: of the data set, as it stores them: a line with its end, "" for a blank one.
         name: a key of PROTOCOLS.
-        context: tokens of a window; None = the protocol's, at most what the model reads.
+        context: tokens of a window; None = the protocol's.
         windows: score only the first ones; None = all.
         batch: windows at a time.
         on_window: as in `perplexity`.
@@ -111,7 +111,7 @@ def protocol_perplexity(
         raise ValueError(f"protocol={name!r}: choose one of {', '.join(PROTOCOLS)}.")
     chosen = PROTOCOLS[name]
     ids = chosen.stream(tokenizer, rows)
-    size = context or min(chosen.context, longest(model) or chosen.context)
+    size = chosen.context if context is None else context
     if chosen.by_word:
         return _by_word(model, ids, rows, size, windows, batch, on_window)
     cut = windows_of(model, ids, size, windows)

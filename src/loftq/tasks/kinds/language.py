@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loftq.tasks.base import Reading, Task, TaskError, TaskRow
+from loftq.tasks.lengths import UNLIMITED
 
 if TYPE_CHECKING:
     from loftq.tasks.scores import Score
@@ -77,8 +78,12 @@ class Language(Task):
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[TaskRow], reading: Reading
     ) -> list[Any]:
-        """A result of each protocol: nats of each window, and what their sum is divided by."""
-        from loftq.eval.protocols import protocol_perplexity
+        """A result of each protocol: nats of each window, and what their sum is divided by.
+
+        Windows are the protocol's, or as long as the model reads if that is less; `context` says.
+        """
+        from loftq.eval.perplexity import longest
+        from loftq.eval.protocols import PROTOCOLS, protocol_perplexity
         from loftq.tasks.kinds.batches import scoring
 
         lines = [line for row in rows for line in row.values["lines"]]
@@ -90,6 +95,7 @@ class Language(Task):
                     tokenizer,
                     lines,
                     name,
+                    context=min(PROTOCOLS[name].context, longest(model) or UNLIMITED),
                     batch=max(1, reading.batch_size // 8),
                     on_window=lambda done, total, _: reading.on_batch(done, total),
                 )
