@@ -78,6 +78,7 @@ def load_headed(
         raise HeadError(f"{folder}: its kind of model has no {auto_class}.") from error
     # A head for other classes is replaced as if there were none.
     other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    other += _refit_(model, seed) if new_head else []
     missing = sorted({*found["missing_keys"], *other})
     if missing and not new_head:
         raise HeadError(
@@ -85,6 +86,24 @@ def load_headed(
             f"{type(model).__name__}. Give a model of that class."
         )
     return Headed(model, _head(model, missing) if new_head else (), tuple(missing))
+
+
+def _refit_(model: Any, seed: int) -> list[str]:
+    """Parameters of another shape than the config says, made anew in place; their names.
+
+    transformers 5.17 looks at no shape where it loads a quantized model.
+    """
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in type(model)(model.config).named_parameters()}
+    wrong = {n: p for n, p in model.named_parameters() if n in shapes and p.shape != shapes[n]}
+    for name, parameter in wrong.items():
+        owner, _, attribute = name.rpartition(".")
+        empty = torch.empty(shapes[name], dtype=parameter.dtype, device=parameter.device)
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(empty))
+    torch.manual_seed(seed)
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in wrong):
+        model._init_weights(model.get_submodule(owner))
+    return list(wrong)
 
 
 def _head(model: nn.Module, missing: Sequence[str]) -> tuple[str, ...]:
