@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from loftq.integrations.run_folder import RunError, backbone_and_adapter
-from loftq.tasks import TASKS, TaskError, evaluate
+from loftq.tasks import TASKS, TaskError, evaluate, load_task_model
 from loftq.train import TrainError
 
 CASES = [
@@ -103,7 +103,8 @@ def test_the_records_of_a_run(train: Callable, model_of: Callable, tmp_path: Pat
     validations = [row for row in rows if "validation_loss" in row]
     assert [row["step"] for row in validations] == [0, 1, 2]
     assert all({"accuracy", "f1"} <= set(row) for row in validations)
-    assert rows[-1]["summary"]["metrics"] == result.metrics
+    accuracy = result.metrics["validation"]["accuracy"]["value"]
+    assert rows[-1]["summary"]["validation_accuracy"] == accuracy
     best = max(validations, key=lambda row: row["accuracy"])
     assert rows[-1]["summary"]["best_step"] in {
         row["step"] for row in validations if row["accuracy"] == best["accuracy"]
@@ -197,3 +198,36 @@ def test_a_baseline_wants_the_original_model(
     packed = json.loads((tmp_path / "run/base.json").read_text())["path"]
     with pytest.raises(TaskError, match="Give the full-precision model"):
         train(Path(packed), "rte", tmp_path / "other", method="full")
+
+
+def test_the_card_and_the_page_of_a_run_name_its_scores(
+    train: Callable, model_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loftq.report.collect import collect
+    from loftq.report.headline import next_commands, tiles
+
+    result = train(model_of("mpnet"), "rte", tmp_path / "run")
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert f"| rte validation, accuracy | {result.value:.4f} (95 % interval" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(code, namespace)
+    ids = namespace["tokenizer"]("the cat", "the cat", return_tensors="pt")
+    again, _ = load_task_model(tmp_path / "run", "rte")
+    assert torch.equal(namespace["model"](**ids).logits, again(**ids).logits)
+    facts = collect(tmp_path / "run")
+    assert tiles(facts)[0].value == f"{result.value:.4f}"
+    assert next_commands(facts)[0][0].startswith("loftq eval rte ")
+
+
+def test_the_page_of_a_run_of_every_weight(
+    train: Callable, model_of: Callable, tmp_path: Path
+) -> None:
+    from loftq.report.collect import collect
+
+    train(model_of("mpnet"), "rte", tmp_path / "run", method="full")
+    facts = collect(tmp_path / "run")
+    assert facts.training is not None
+    assert facts.backbone is None
+    assert any("backbone" in line for line in facts.missing)

@@ -151,7 +151,7 @@ def _print_end(
     peak = result.memory.get("measured_peak")
     if peak is not None:
         lines.add_row("memory", f"{console.size(peak)} at the peak", _memory_note(found))
-    if "metrics" in found:
+    if "task" in found:
         from loftq.cli.train_task import add_end
 
         add_end(lines, output, result)

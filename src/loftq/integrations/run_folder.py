@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "samples.json"
 
     @property
+    def task(self) -> Path:
+        """Scores of a run on a published task; not in other runs."""
+        return self.path / "task.json"
+
+    @property
     def data(self) -> Path:
         """Counts of the training data."""
         return self.path / "data.json"
@@ -105,14 +110,14 @@ class RunFolder:
 
 
 def open_run(path: str | Path) -> RunFolder:
-    """A run with a trained adapter.
+    """A run with a trained adapter, or a trained model where every weight was trained.
 
     Raises:
         RunError: no run, or one that ended before its adapter was written.
     """
     run = RunFolder(Path(path))
-    run.base()
-    if not (run.adapter / "adapter_config.json").is_file():
+    whole = run.base().baseline == "full" and (run.model / "config.json").is_file()
+    if not whole and not (run.adapter / "adapter_config.json").is_file():
         raise RunError(
             f"{run.path}: no adapter/adapter_config.json, so the run has not ended. Give its "
             "`loftq train` command again: it goes on from the last checkpoint."

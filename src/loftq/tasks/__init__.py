@@ -26,6 +26,7 @@ __all__ = [
     "TaskRow",
     "evaluate",
     "find_task",
+    "load_task_model",
     "train_task",
 ]
 
@@ -33,6 +34,7 @@ _LAZY = {
     "Evaluation": "loftq.tasks.scoring",
     "TaskResult": "loftq.tasks.result",
     "evaluate": "loftq.tasks.scoring",
+    "load_task_model": "loftq.tasks.scoring",
     "train_task": "loftq.tasks.run",
 }
 

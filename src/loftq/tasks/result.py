@@ -11,8 +11,6 @@ from typing import Any
 from loftq.integrations.metrics import read_metrics
 from loftq.integrations.run_folder import RunFolder
 
-RECORD = "task.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
@@ -49,7 +47,7 @@ def read_task_result(
     run: RunFolder, *, resumed: int = 0, already_finished: bool = False
 ) -> TaskResult:
     """The result of a finished run from its records."""
-    found = json.loads((run.path / RECORD).read_text(encoding="utf-8"))
+    found = json.loads(run.task.read_text(encoding="utf-8"))
     return TaskResult(
         folder=run.path,
         task=found["task"],

@@ -131,6 +131,32 @@ def evaluate(
     )
 
 
+def load_task_model(
+    path: str | Path, task: str | Task, *, adapter: str | Path | None = None, dtype: str = "auto"
+) -> tuple[nn.Module, Any]:
+    """A trained model in the class of its task, with its tokenizer.
+
+    Args:
+        path: a run of `train_task`, or the backbone of `adapter`.
+        task: that it was trained on.
+        adapter: folder of a trained adapter with its head; None = the run's own.
+        dtype: auto (as stored), float32, bfloat16 or float16.
+
+    Raises:
+        LineageError: the adapter belongs to another backbone.
+        TaskError: a model without a head for the task.
+    """
+    chosen = find_task(task) if isinstance(task, str) else task
+    if adapter is None:
+        opened = _open(path, chosen, dtype)
+        return opened.model.eval(), opened.tokenizer
+    folder, trained = resolve_source(path), Path(adapter)
+    headed, _ = _headed(folder, chosen, dtype)
+    model = _with_adapter(headed.model, trained, packed=True)
+    found = _opened(model, tokenizer_home(folder, trained), trained.name, {})
+    return found.model.eval(), found.tokenizer
+
+
 @dataclass(frozen=True)
 class _Opened:
     model: nn.Module

@@ -15,7 +15,7 @@ from loftq.integrations.run_folder import RunFolder
 from loftq.tasks.base import TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.inputs import TaskInputs
-from loftq.tasks.result import RECORD, TaskResult, read_task_result
+from loftq.tasks.result import TaskResult, read_task_result
 from loftq.tasks.start import Start
 from loftq.tasks.trainer import TaskTrainer, build
 from loftq.train import resume
@@ -218,7 +218,7 @@ class TaskSession:
                 "dtype": self.dtype,
                 "device": str(self.place.device),
                 "task": self.inputs.task.name,
-                "metrics": metrics,
+                **_flat(metrics),
             }
         )
         self.start.save(self.run, self.model, self.inputs.tokenizer)
@@ -240,7 +240,16 @@ class TaskSession:
             "bytes": {**sizes, "total": sum(sizes.values())},
             "source": self.inputs.data.source,
         }
-        resume.write_record(self.run.path / RECORD, record)
+        resume.write_record(self.run.task, record)
+
+
+def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """SPLIT_METRIC -> value, for the last row of metrics.jsonl; intervals are in task.json."""
+    return {
+        f"{split}_{name}": score["value"]
+        for split, scores in metrics.items()
+        for name, score in scores.items()
+    }
 
 
 def write_predictions(run: RunFolder, split: str, predictions: Sequence[Any]) -> None:
