@@ -120,6 +120,14 @@ def write_model(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
     config = zoo.ZOO[name].config()
     config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    for dropout in (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout_rate",
+        "dropout",
+    ):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
     if hasattr(config, "max_position_embeddings"):
         config.max_position_embeddings = 320
     zoo.ZOO[name].auto.from_config(config).float().save_pretrained(folder)

@@ -70,6 +70,26 @@ def test_the_original_is_larger_than_the_packed_model(
     assert packed.bytes["adapter"] == dense.bytes["adapter"]
 
 
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("rte", "bert"), ("stsb", "mpnet"), ("scitldr", "t5"),
+     ("scitldr", "bart"), ("gsm8k-loss", "llama")],
+)  # fmt: skip
+def test_batches_of_a_step_are_one_batch(
+    task: str, name: str, train: Callable, model_of: Callable, tmp_path: Path
+) -> None:
+    def losses(rows: int, batches: int) -> tuple[float, float]:
+        run = tmp_path / f"{rows}x{batches}"
+        options = {"max_length": LENGTHS.get(task), "train_rows": 8, "max_steps": 1}
+        train(model_of(name), task, run, batch_size=rows, gradient_accumulation=batches, **options)
+        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+        return first["loss"], first["grad_norm"]
+
+    whole, parts = losses(8, 1), losses(2, 4)
+    assert parts[0] == pytest.approx(whole[0], rel=0.02)  # rows differ in length, not in number
+    assert parts[1] == pytest.approx(whole[1], rel=0.3)
+
+
 def test_the_head_is_trained_and_seeded(
     train: Callable, model_of: Callable, tmp_path: Path
 ) -> None:

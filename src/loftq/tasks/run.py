@@ -173,7 +173,8 @@ def _refuse_others(run: RunFolder, start: Start, inputs: TaskInputs) -> None:
 
 def _require(chosen: Chosen, task: Task) -> None:
     missing = missing_packages(chosen.config, importlib.util.find_spec)
-    missing += [name for name in task.packages if importlib.util.find_spec(name) is None]
+    needed = ("datasets", *task.packages)
+    missing += [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise TaskError(
             f"{task.name}: needs {' and '.join(missing)}. pip install 'loftq[train,eval]' has what "

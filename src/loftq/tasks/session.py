@@ -139,6 +139,7 @@ class TaskSession:
                 resumed=self.checkpoint is not None,
             ),
             collate=lambda features: task.collate(features, inputs.tokenizer),
+            by_token=task.auto_class(inputs.config) == "AutoModelForCausalLM",
             best=None if by_loss else task.primary,
             score=None if by_loss else self._validate,
             callbacks=callbacks,

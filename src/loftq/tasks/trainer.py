@@ -51,6 +51,7 @@ def build(
     arguments: dict[str, Any],
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     best: str | None,
+    by_token: bool,
     score: Score | None,
     callbacks: list[Any],
 ) -> TaskTrainer:
@@ -63,6 +64,9 @@ def build(
         validation: features of the rows held out.
         arguments: from `train.arguments.common_arguments`.
         collate: features -> batch.
+        by_token: whether the model's own loss divides by the tokens of all batches of a step. The
+            Trainer takes that for granted where a forward takes any keyword, and many models with
+            a head take it and do nothing with it.
         best: metric that names the best checkpoint; None = the validation loss.
         score: metrics at a validation; None = the loss alone.
         callbacks: for the trainer.
@@ -85,4 +89,5 @@ def build(
         callbacks=callbacks,
     )
     trainer.score = score
+    trainer.model_accepts_loss_kwargs = by_token and trainer.model_accepts_loss_kwargs
     return trainer
