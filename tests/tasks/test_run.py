@@ -61,6 +61,20 @@ def test_a_baseline_trains_the_original_model(
         backbone_and_adapter(tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", [None, "lora16", "full"])
+@pytest.mark.parametrize(("task", "name"), [("rte", "mpnet"), ("scitldr", "bart")])
+def test_sixteen_bits_with_a_head_in_float32(
+    method: str | None, task: str, name: str, train: Callable, model_of: Callable, data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    options = {"method": method} if method else {}
+    result = train(model_of(name), task, tmp_path / "run", dtype="bf16", **options)
+    assert result.summary["dtype"] == "bf16"
+    assert math.isfinite(result.summary["final_loss"])
+    scored = evaluate(tmp_path / "run", task, data=data, device="cpu", dtype="bfloat16", limit=4)
+    assert scored.dtype == "bfloat16"
+
+
 def test_the_original_is_larger_than_the_packed_model(
     train: Callable, model_of: Callable, tmp_path: Path
 ) -> None:

@@ -122,6 +122,21 @@ def test_a_bad_row_is_named(tmp_path: Path, task: str, row: dict, message: str) 
         read_split(TASKS[task], "train", data=tmp_path)
 
 
+def test_bad_rows_may_be_left_out_of_training_and_never_of_what_is_reported(
+    tmp_path: Path,
+) -> None:
+    task = TASKS["rte"]
+    rows = [ROW, ROW | {"label": 9}, *[ROW | {"label": i % 2} for i in range(8)]]
+    tiny_tasks.write_rows(tmp_path / "glue/rte/train.jsonl", rows)
+    found = read_for_training(task, data=tmp_path, holdout=0.2, on_bad_rows="skip")
+    assert (len(found.train) + len(found.validation), found.skipped) == (9, 1)
+    assert "1 rows cannot be used and are left out, such as" in found.notes[1]
+    with pytest.raises(TaskError, match="1 rows cannot be used"):
+        read_for_training(task, data=tmp_path, holdout=0.2)
+    with pytest.raises(TaskError, match="label is 9"):
+        read_split(task, "train", data=tmp_path)
+
+
 QUESTION = tiny_tasks.question(0)
 
 

@@ -98,6 +98,8 @@ class Task(ABC):
     """That its metrics are taken from, beyond what loftq always has."""
     new_head: ClassVar[bool] = False
     """Whether the model gets a fresh head, which is trained in full beside the adapter."""
+    encodes_rows: ClassVar[bool] = True
+    """Whether features of a row depend on that row alone, so that rows may be encoded in parts."""
     selects_by_loss: ClassVar[bool] = True
     """Whether the best checkpoint has the lowest validation loss; else the best primary metric."""
 

@@ -32,6 +32,9 @@ class TaskConfig:
     """Score the first so many rows of a fixed shuffle of each reported split; None = all."""
     holdout: float = 0.05
     """Share of train that the checkpoint is chosen by, where there is no validation split."""
+    on_bad_rows: str = "error"
+    """error, or skip: leave rows that cannot be used out of training. A reported split is never
+    thinned, which would change what is measured."""
     eval_batch_size: int = 32
     """Rows at a time when predicting."""
     answer_tokens: int | None = None
@@ -50,6 +53,8 @@ class TaskConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1.")
+        if self.on_bad_rows not in ("error", "skip"):
+            raise ValueError(f"on_bad_rows={self.on_bad_rows!r}: choose error or skip.")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout}: must lie between 0 and 1.")
 

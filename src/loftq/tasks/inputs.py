@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from loftq.train.data import DataCounts, HeldOut, Prepared, RenderedExample
 from loftq.train.data.show import rendered
 
 IGNORED = -100
+PART = 2000
+"""Rows that are encoded at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class TaskInputs:
             held_out_trained_tokens=_learnt(self.validation),
             truncated=sum(size >= self.length for size in sizes + held),
             dropped=0,
-            skipped=0,
+            skipped=data.skipped,
             duplicates=0,
             max_length=self.length,
         )
@@ -102,7 +105,13 @@ def read_task_inputs(
     if words.pad_token is None:
         words.pad_token = words.eos_token
     length = reading_length(task, words, config, chosen.max_length)
-    rows = read_for_training(task, data=data, rows=chosen.train_rows, holdout=chosen.holdout)
+    rows = read_for_training(
+        task,
+        data=data,
+        rows=chosen.train_rows,
+        holdout=chosen.holdout,
+        on_bad_rows=chosen.on_bad_rows,
+    )
     test = {
         name: some(read_split(task, name, data=data), chosen.eval_rows) for name in task.splits.test
     }
@@ -116,17 +125,30 @@ def read_task_inputs(
         config=config,
         data=rows,
         test=test,
-        train=task.encode(rows.train, words, config, length),
-        validation=task.encode(rows.validation, words, config, length),
+        train=_encoded(task, rows.train, words, config, length),
+        validation=_encoded(task, rows.validation, words, config, length),
         length=length,
     )
+
+
+def _encoded(
+    task: Task, rows: Sequence[TaskRow], tokenizer: Any, config: Any, length: int
+) -> list[dict[str, Any]]:
+    """Features with their tokens at 4 bytes each: lists of Python's integers take ten times that,
+    gigabytes for the larger data sets."""
+    part = PART if task.encodes_rows else max(1, len(rows))
+    return [
+        {k: array("i", v) if isinstance(v, list) else v for k, v in feature.items()}
+        for start in range(0, len(rows), part)
+        for feature in task.encode(rows[start : start + part], tokenizer, config, length)
+    ]
 
 
 def _learnt(features: Sequence[Mapping[str, Any]]) -> int:
     """Tokens with a loss of their own; one for each row whose label is not a sequence."""
     found = [feature.get("labels") for feature in features]
     return sum(
-        sum(token != IGNORED for token in labels) if isinstance(labels, list) else 1
+        sum(token != IGNORED for token in labels) if isinstance(labels, array) else 1
         for labels in found
     )
 
@@ -135,7 +157,7 @@ def _rendered(
     task: Task, tokenizer: Any, feature: Mapping[str, Any], row: TaskRow
 ) -> RenderedExample:
     labels = feature.get("labels")
-    if isinstance(labels, list) and len(labels) == len(feature["input_ids"]):
+    if isinstance(labels, array) and len(labels) == len(feature["input_ids"]):
         mask = [int(token != IGNORED) for token in labels]
         return rendered(tokenizer, feature["input_ids"], mask)
     prompt, answer = task.example(row)

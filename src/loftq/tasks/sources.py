@@ -32,27 +32,37 @@ class TaskData:
     """By which the checkpoint is chosen; never what is reported."""
     source: str
     """Folder or hub id."""
+    skipped: int = 0
+    """Rows left out because they cannot be used."""
     notes: tuple[str, ...] = ()
 
 
-def read_split(task: Task, name: str, *, data: str | Path | None = None) -> list[TaskRow]:
+def read_split(
+    task: Task, name: str, *, data: str | Path | None = None, skip: list[BadRow] | None = None
+) -> list[TaskRow]:
     """One published split, every row checked.
 
     Args:
         task: whose.
         name: of the split, as in `task.splits`.
         data: folder laid out as LOFTQ_DATA; None = LOFTQ_DATA if it is set, else the hub.
+        skip: takes the rows that cannot be used; None = they are an error.
 
     Raises:
         TaskError: no such split, a missing column, a value out of range: the first rows by place.
     """
     if task.splits.first is not None:
-        return _part_of_one_file(task, name, data)
-    return task.arrange(_checked(task, name, data, _rows(task, name, data)))
+        return _part_of_one_file(task, name, data, skip)
+    return task.arrange(_checked(task, name, data, _rows(task, name, data), skip))
 
 
 def read_for_training(
-    task: Task, *, data: str | Path | None = None, rows: int | None = None, holdout: float = 0.05
+    task: Task,
+    *,
+    data: str | Path | None = None,
+    rows: int | None = None,
+    holdout: float = 0.05,
+    on_bad_rows: str = "error",
 ) -> TaskData:
     """Rows to train on and rows to choose a checkpoint by.
 
@@ -62,14 +72,20 @@ def read_for_training(
         rows: train on the first so many of a fixed shuffle; None = all.
         holdout: share of train that is held out where the task has no validation split (1000 rows
             at most), by whole values of `splits.by` where the task names one.
+        on_bad_rows: error, or skip, which leaves them out.
 
     Raises:
         TaskError: as `read_split`, or too few rows.
     """
-    train = [row for name in task.splits.train for row in read_split(task, name, data=data)]
+    skipped: list[BadRow] | None = [] if on_bad_rows == "skip" else None
+
+    def read(names: Sequence[str]) -> list[TaskRow]:
+        return [row for n in names for row in read_split(task, n, data=data, skip=skipped)]
+
+    train = read(task.splits.train)
     if task.splits.validation:
         names = task.splits.validation
-        held = [row for name in names for row in read_split(task, name, data=data)]
+        held = read(names)
         note = f"the checkpoint is chosen on the split {', '.join(names)}"
     else:
         train, held = _hold_out(task, train, holdout)
@@ -77,7 +93,16 @@ def read_for_training(
     train = some(train, rows)
     if not train or not held:
         raise TaskError(f"{task.name}: {len(train)} rows to train on, {len(held)} held out.")
-    return TaskData(train=train, validation=held, source=_named(task, data), notes=(note,))
+    notes = [note]
+    if skipped:
+        notes.append(f"{len(skipped)} rows cannot be used and are left out, such as {skipped[0]}")
+    return TaskData(
+        train=train,
+        validation=held,
+        source=_named(task, data),
+        skipped=len(skipped or ()),
+        notes=tuple(notes),
+    )
 
 
 def some(rows: Sequence[TaskRow], count: int | None) -> list[TaskRow]:
@@ -111,14 +136,16 @@ def _hold_out(
     return kept, [row for row in rows if row.values[by] in chosen]
 
 
-def _part_of_one_file(task: Task, name: str, data: str | Path | None) -> list[TaskRow]:
+def _part_of_one_file(
+    task: Task, name: str, data: str | Path | None, skip: list[BadRow] | None
+) -> list[TaskRow]:
     """A split of a data set that is one file: by the values of a column, in file order."""
     by, first = task.splits.by, task.splits.first
     assert by is not None, "a file is split by a column"
     assert first is not None, "at one of its values"
     if name not in (*task.splits.train, *task.splits.test):
         raise _no_split(task, name, (*task.splits.train, *task.splits.test))
-    rows = _checked(task, name, data, _rows(task, None, data))
+    rows = _checked(task, name, data, _rows(task, None, data), skip)
     groups = list(dict.fromkeys(row.values[by] for row in rows))
     if len(groups) <= first:
         raise TaskError(
@@ -129,7 +156,9 @@ def _part_of_one_file(task: Task, name: str, data: str | Path | None) -> list[Ta
     return [row for row in rows if row.values[by] in chosen]
 
 
-def _checked(task: Task, name: str, data: str | Path | None, rows: Rows) -> list[TaskRow]:
+def _checked(
+    task: Task, name: str, data: str | Path | None, rows: Rows, skip: list[BadRow] | None
+) -> list[TaskRow]:
     found, bad = [], BadRows()
     try:
         for row in rows:
@@ -137,13 +166,13 @@ def _checked(task: Task, name: str, data: str | Path | None, rows: Rows) -> list
             if isinstance(row, Row) and reason is None:
                 found.append(TaskRow(values=row.values, place=str(row.place)))
             elif isinstance(reason, BadRow):
-                bad.add(reason)
+                (bad.add if skip is None else skip.append)(reason)
     except DataError as error:
         raise TaskError(f"{task.name}: {error}") from error
     if bad.count:
         shown = "\n".join([f"{task.name}, split {name}: {bad.count} rows cannot be used:",
                            *bad.lines()])  # fmt: skip
-        raise TaskError(f"{shown}\nRepair the data, or give another folder.")
+        raise TaskError(f"{shown}\nRepair the data, or train without them: on_bad_rows=skip.")
     if not found:
         raise TaskError(f"{task.name}: the split {name} of {_named(task, data)} holds no rows.")
     return found
@@ -203,7 +232,11 @@ def _stem(path: Path) -> str:
 def _raw_lines(path: Path) -> Rows:
     """A WikiText raw file: a row for each line with its end, an empty one where it is blank."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for number, line in enumerate(raw.decode("utf-8").split("\n")[:-1], 1):
+    try:
+        lines = raw.decode("utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}). Convert the file to UTF-8.") from error
+    for number, line in enumerate(lines, 1):
         text = f"{line}\n" if line.strip() else ""
         yield as_row(Place(str(path), number, "line"), {"text": text})
 

@@ -29,6 +29,7 @@ class Language(Task):
     """The first one gives the headline."""
     greater_is_better: bool = False
     kind: ClassVar[str] = "language"
+    encodes_rows: ClassVar[bool] = False
 
     @property
     def metric_names(self) -> tuple[str, ...]:
