@@ -265,3 +265,19 @@ def test_the_page_of_a_run_of_every_weight(
     assert facts.training is not None
     assert facts.backbone is None
     assert any("backbone" in line for line in facts.missing)
+
+
+@pytest.mark.parametrize("method", [None, "lora16"])
+def test_embeddings_take_part_as_in_the_paper(
+    method: str | None, train: Callable, model_of: Callable, data: Path, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    options = {"method": method} if method else {}
+    result = train(model_of("deberta-v3"), "rte", tmp_path / "run", embeddings=True, **options)
+    file = tmp_path / "run/adapter/adapter_model.safetensors"
+    with safe_open(file, framework="pt") as reader:
+        keys = list(reader.keys())
+    assert any("word_embeddings.lora_embedding_A" in key for key in keys)
+    again = evaluate(tmp_path / "run", "rte", data=data, device="cpu")
+    assert again.value == result.value

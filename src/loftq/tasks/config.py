@@ -16,7 +16,7 @@ NOT_HERE = frozenset({"packing", "beta", "sample_tokens"})
 """Fields of TrainConfig that mean nothing for a task."""
 QUANTIZE_NOT_HERE = frozenset({"data", "seed"})
 """Fields of QuantizeConfig: `data` is the task's, `seed` the training's."""
-LORA = ("rank", "alpha", "rslora", "targets", "skip")
+LORA = ("rank", "alpha", "rslora", "targets", "skip", "embeddings")
 """Fields of QuantizeConfig that lora16 has a use for."""
 
 
