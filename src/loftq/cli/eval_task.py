@@ -59,7 +59,7 @@ def command(name: str) -> Callable[..., None]:
                     path, name, split=split, data=data, limit=limit, device=device,
                     on_batch=lambda done, total: bar.update(done, total), **chosen,
                 )  # fmt: skip
-            written = [] if output is None else write_predictions(found, output)
+            written = [] if output is None else write_predictions(found.predictions, output)
         if as_json:
             console.emit({**found.to_dict(), "predictions": [str(p) for p in written]})
             return

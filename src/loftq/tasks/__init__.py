@@ -27,6 +27,7 @@ __all__ = [
     "evaluate",
     "find_task",
     "load_task_model",
+    "score_model",
     "train_task",
 ]
 
@@ -35,6 +36,7 @@ _LAZY = {
     "TaskResult": "loftq.tasks.result",
     "evaluate": "loftq.tasks.scoring",
     "load_task_model": "loftq.tasks.scoring",
+    "score_model": "loftq.tasks.scoring",
     "train_task": "loftq.tasks.run",
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from loftq.checkpoint.durable import publish, write_partial
 from loftq.integrations.causal import DTYPES
 from loftq.integrations.device import check_device, default_device
 from loftq.integrations.discover import load_config, load_tokenizer
@@ -24,7 +25,7 @@ from loftq.integrations.run_folder import (
     tokenizer_home,
 )
 from loftq.integrations.source import resolve_source
-from loftq.tasks.base import Reading, Task, TaskError
+from loftq.tasks.base import Reading, Task, TaskError, TaskRow
 from loftq.tasks.sources import read_split, some
 from loftq.tasks.table import TASKS, find_task
 
@@ -111,24 +112,48 @@ def evaluate(
         beams=beams,
         on_batch=on_batch,
     )
-    predictions = {
-        name: chosen.predict(opened.model, opened.tokenizer, rows, reading)
-        for name, rows in parts.items()
-    }
-    found = {name: chosen.score(predictions[name], rows) for name, rows in parts.items()}
+    metrics, predictions = score_model(opened.model, opened.tokenizer, chosen, parts, reading)
     return Evaluation(
         task=chosen.name,
         model=str(path),
         adapter=opened.adapter,
-        metrics={
-            name: {metric: score.to_dict() for metric, score in scores.items()}
-            for name, scores in found.items()
-        },
+        metrics=metrics,
         primary=chosen.primary,
         dtype=str(getattr(opened.model, "dtype", "")).removeprefix("torch."),
         device=where,
         predictions=predictions,
     )
+
+
+def score_model(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    parts: Mapping[str, Sequence[TaskRow]],
+    reading: Reading | None = None,
+) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, list[Any]]]:
+    """Metrics and predictions of a loaded model in the class of the task.
+
+    Args:
+        model: on its device.
+        tokenizer: of the model, with a pad token.
+        task: whose rows these are.
+        parts: split -> rows, from `sources.read_split`.
+        reading: batch size, lengths; None = the defaults.
+
+    Returns:
+        Split -> metric -> value, low, high, rows, interval; and split -> predictions.
+    """
+    predictions = {
+        name: task.predict(model, tokenizer, rows, reading or Reading())
+        for name, rows in parts.items()
+    }
+    scores = {name: task.score(predictions[name], rows) for name, rows in parts.items()}
+    metrics = {
+        name: {metric: score.to_dict() for metric, score in found.items()}
+        for name, found in scores.items()
+    }
+    return metrics, predictions
 
 
 def load_task_model(
@@ -261,13 +286,14 @@ def _require(task: Task) -> None:
         raise TaskError(f"{task.name}: needs {' and '.join(missing)}. pip install 'loftq[eval]'.")
 
 
-def write_predictions(found: Evaluation, folder: Path) -> list[Path]:
-    """predictions-SPLIT.jsonl in `folder`: {"prediction": ...} a row."""
+def write_predictions(predictions: Mapping[str, Sequence[Any]], folder: Path) -> list[Path]:
+    """predictions-SPLIT.jsonl in `folder`: {"prediction": ...} a row, in the order of the split."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for split, predictions in found.predictions.items():
+    for split, found in predictions.items():
         path = folder / f"predictions-{split}.jsonl"
-        lines = [json.dumps({"prediction": row}, ensure_ascii=False) for row in predictions]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        lines = [json.dumps({"prediction": row}, ensure_ascii=False) for row in found]
+        write_partial(path, "".join(f"{line}\n" for line in lines).encode())
+        publish(path)
         paths.append(path)
     return paths

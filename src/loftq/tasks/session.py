@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 
-from loftq.checkpoint.durable import publish, write_partial
 from loftq.integrations.run_folder import RunFolder
 from loftq.tasks.base import TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.inputs import TaskInputs
 from loftq.tasks.result import TaskResult, read_task_result
+from loftq.tasks.scoring import score_model, write_predictions
 from loftq.tasks.start import Start
 from loftq.tasks.trainer import TaskTrainer, build
 from loftq.train import resume
@@ -208,7 +207,14 @@ class TaskSession:
         resume.write_record(self.run.samples, samples)
         memory = {"predicted": dict(self.forecast.parts), "measured_peak": self.meter.peak}
         resume.write_record(self.run.memory, memory)
-        metrics = {name: self._report(name, rows) for name, rows in self.inputs.test.items()}
+        metrics, predictions = score_model(
+            self.model,
+            self.inputs.tokenizer,
+            self.inputs.task,
+            self.inputs.test,
+            self.chosen.reading(),
+        )
+        write_predictions(predictions, self.run.path)
         self._record(metrics)
         summary = summarize(self.run, trainer.state, planned=self.steps.total)
         self.recorder.write_summary(
@@ -224,12 +230,6 @@ class TaskSession:
         )
         self.start.save(self.run, self.model, self.inputs.tokenizer)
         self.listener.finished(samples)
-
-    def _report(self, split: str, rows: Sequence[TaskRow]) -> dict[str, Any]:
-        predictions = self._predict(rows)
-        write_predictions(self.run, split, predictions)
-        found = self.inputs.task.score(predictions, rows)
-        return {name: score.to_dict() for name, score in found.items()}
 
     def _record(self, metrics: Mapping[str, Any]) -> None:
         sizes = self.start.sizes(self.model)
@@ -251,11 +251,3 @@ def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
         for split, scores in metrics.items()
         for name, score in scores.items()
     }
-
-
-def write_predictions(run: RunFolder, split: str, predictions: Sequence[Any]) -> None:
-    """predictions-SPLIT.jsonl: {"prediction": ...} a row, in the order of the split."""
-    path = run.path / f"predictions-{split}.jsonl"
-    lines = [json.dumps({"prediction": found}, ensure_ascii=False) for found in predictions]
-    write_partial(path, "".join(f"{line}\n" for line in lines).encode())
-    publish(path)
