@@ -104,6 +104,23 @@ def test_batches_of_a_step_are_one_batch(
     assert parts[1] == pytest.approx(whole[1], rel=0.3)
 
 
+@pytest.mark.parametrize("method", [None, "full"])
+def test_a_fused_head_gives_the_losses_of_full_logits(
+    method: str | None, train: Callable, model_of: Callable, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from loftq.train import prepare
+
+    pytest.importorskip("trl")
+    options = {"method": method} if method else {}
+    options |= {"gradient_accumulation": 2, "batch_size": 2, "samples": 0}
+    fused = train(model_of("llama"), "gsm8k-loss", tmp_path / "fused", **options)
+    monkeypatch.setattr(prepare, "add_fused_head", lambda base: False)
+    plain = train(model_of("llama"), "gsm8k-loss", tmp_path / "plain", **options)
+    for key in ("final_loss", "first_validation_loss", "best_validation_loss"):
+        assert fused.summary[key] == pytest.approx(plain.summary[key], rel=1e-3), key
+
+
 def test_the_head_is_trained_and_seeded(
     train: Callable, model_of: Callable, tmp_path: Path
 ) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from loftq.train import prepare
 from loftq.train.trainers import Watched, one_process
 
 Score = Callable[[], Mapping[str, float]]
@@ -31,6 +33,25 @@ class TaskTrainer(Watched, Trainer):
     """Trainer, watched; `score` adds metrics to those of a validation."""
 
     score: Score | None = None
+    fused = False
+    """Whether the model gives log-probabilities of labels without logits of the vocabulary."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's own loss, or the same from a fused head: nats over the tokens of a step."""
+        if not self.fused:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The loss on the held-out features, then the metrics of the task on the held-out rows."""
@@ -90,4 +111,7 @@ def build(
     )
     trainer.score = score
     trainer.model_accepts_loss_kwargs = by_token and trainer.model_accepts_loss_kwargs
+    if trainer.model_accepts_loss_kwargs:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trainer.fused = prepare.add_fused_head(base)
     return trainer
