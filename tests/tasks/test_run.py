@@ -229,6 +229,7 @@ def test_a_causal_model_is_scored_as_it_is(model_of: Callable, data: Path) -> No
         ({"method": "full", "bits": 2}, "method=full: bits would change nothing"),
         ({"method": "fast"}, "calibrates on a text of its own"),
         ({"packing": True}, "unknown option 'packing'"),
+        ({"host_embedding": True}, "unknown option 'host_embedding'"),
         ({"max_length": 10_000}, "max_length=10000, and the model reads 256"),
         ({"holdout": 1.5}, "holdout=1.5"),
         ({"train_rows": 0}, "train_rows=0: must be at least 1"),
