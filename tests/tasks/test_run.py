@@ -71,8 +71,11 @@ def test_sixteen_bits_with_a_head_in_float32(
     result = train(model_of(name), task, tmp_path / "run", dtype="bf16", **options)
     assert result.summary["dtype"] == "bf16"
     assert math.isfinite(result.summary["final_loss"])
-    scored = evaluate(tmp_path / "run", task, data=data, device="cpu", dtype="bfloat16", limit=4)
-    assert scored.dtype == "bfloat16"
+    scored = evaluate(tmp_path / "run", task, data=data, device="cpu", batch_size=8)
+    assert scored.dtype == ("float32" if method == "full" else "bfloat16")  # full: master weights
+    assert scored.value == pytest.approx(result.value, abs=1e-6)
+    other = evaluate(tmp_path / "run", task, data=data, device="cpu", dtype="bfloat16", limit=4)
+    assert other.dtype == "bfloat16"
 
 
 def test_the_original_is_larger_than_the_packed_model(

@@ -16,6 +16,7 @@ from loftq.integrations.causal import DTYPES
 from loftq.integrations.device import check_device, default_device
 from loftq.integrations.discover import load_config, load_tokenizer
 from loftq.integrations.heads import Headed, attach_start, load_headed
+from loftq.integrations.metrics import read_metrics
 from loftq.integrations.peft import load_adapter
 from loftq.integrations.run_folder import (
     START,
@@ -82,7 +83,7 @@ def evaluate(
         data: folder laid out as LOFTQ_DATA; None = LOFTQ_DATA, else the hub.
         limit: score the first so many rows of a fixed shuffle; None = all.
         device: where to run; None = the GPU if there is one.
-        dtype: auto (as stored), float32, bfloat16 or float16.
+        dtype: auto (the run's, else as stored), float32, bfloat16 or float16.
         batch_size: rows at a time.
         max_length: tokens of a row; None = as in training, else the task's default.
         answer_tokens: most tokens of a generated answer; None = as in training, else the task's.
@@ -165,7 +166,7 @@ def load_task_model(
         path: a run of `train_task`, or the backbone of `adapter`.
         task: that it was trained on.
         adapter: folder of a trained adapter with its head; None = the run's own.
-        dtype: auto (as stored), float32, bfloat16 or float16.
+        dtype: auto (the run's, else as stored), float32, bfloat16 or float16.
 
     Raises:
         LineageError: the adapter belongs to another backbone.
@@ -209,9 +210,15 @@ def _open(path: str | Path, task: Task, dtype: Any) -> _Opened:
         folder, adapter = run.base().path, open_run(here).adapter
     else:
         folder, adapter = backbone_and_adapter(here)
-    headed, _ = _headed(folder, task, dtype)
+    headed, _ = _headed(folder, task, _trained_in(run) if dtype == "auto" else dtype)
     model = _with_adapter(headed.model, adapter, packed=not baseline)
     return _opened(model, tokenizer_home(folder, adapter), adapter.name, settings)
+
+
+def _trained_in(run: RunFolder) -> str:
+    """The dtype that a run computed and was scored in, so that its scores are found again."""
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    return names.get(str(read_metrics(run.metrics).summary.get("dtype")), "auto")
 
 
 def _open_model(folder: Path, name: str, task: Task, dtype: Any) -> _Opened:
