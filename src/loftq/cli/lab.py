@@ -9,12 +9,16 @@ from typing import Annotated
 import typer
 
 from loftq.cli import console, options
+from loftq.cli.compare import compare
 
 app = typer.Typer(
     help="Experiments: the demo, the methods that tables compare, recipes of `train`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+app.command(short_help="Methods side by side: trained, with spread and bytes.")(compare)
 
 
 @app.command(short_help="List all methods, reproductions included.")

@@ -97,13 +97,15 @@ def _product(
     recipe: CompareRecipe, *, tasks: Any, methods: Any, formats: Any, ranks: Any, seeds: int
 ) -> Iterator[Cell]:
     arms = [parse_arm(word) for word in methods]
-    for task, arm, format, rank, seed in product(tasks, arms, formats or (None,), ranks, range(seeds)):
+    for task, arm, format, rank, seed in product(
+        tasks, arms, formats or (None,), ranks, range(seeds)
+    ):
         axes: dict[str, Any] = {
             "task": task,
             "format": str(format) if arm.quantizes else None,
             "rank": rank if arm.adapts else None,
         }
-        chosen = recipe.options_for({**axes, "method": arm.method}) | arm.options
+        chosen = recipe.options_for({**axes, "method": arm.method}) | dict(arm.options)
         yield Cell(arm=arm, seed=seed, options=chosen, **axes)
 
 

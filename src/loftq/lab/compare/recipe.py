@@ -102,9 +102,19 @@ class CompareRecipe:
                 found |= rule.options
         return found
 
-    def changed(self, **values: Any) -> CompareRecipe:
-        """A copy with other axes or a model; None leaves a value as it is."""
+    def changed(self, *, options: Mapping[str, Any] | None = None, **values: Any) -> CompareRecipe:
+        """A copy with other axes or a model, None leaving one as it is.
+
+        Args:
+            options: for every cell, over all that the recipe says.
+            **values: of model, tasks (names), methods, formats, ranks, seeds.
+
+        Raises:
+            ValueError: a task that the recipe does not have, or a value that makes no sense.
+        """
         given = {key: value for key, value in values.items() if value is not None}
+        if options:
+            given["rules"] = (*self.rules, Rule(when={}, options=options))
         if "tasks" in given:
             given["tasks"] = {name: self._task(name) for name in given["tasks"]}
         if given.keys() & {"methods", "formats", "ranks", "tasks"}:
@@ -227,9 +237,7 @@ def _table(name: str, value: Any) -> list[Published]:
     return rows
 
 
-def _scores(
-    name: str, task: str, metrics: Sequence[str], printed: str
-) -> Mapping[str, str] | None:
+def _scores(name: str, task: str, metrics: Sequence[str], printed: str) -> Mapping[str, str] | None:
     if printed == "N.A.":
         return None
     values = printed.split("/")

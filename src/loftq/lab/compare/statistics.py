@@ -31,7 +31,7 @@ class Summary:
 
     @property
     def median(self) -> float | None:
-        """Of all runs that ended, those that diverged being the worst; None if it is one of them."""
+        """Of all runs that ended, those that diverged being the worst; None if one is it."""
         worst = -math.inf if self.greater_is_better else math.inf
         ended = [*self.values, *[worst] * self.diverged]
         found = median(ended) if ended else worst
@@ -82,7 +82,9 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
 
 def _summary(line: Line, task: str, rows: Sequence[Row]) -> Summary:
     scored = sorted((row for row in rows if _is_scored(row)), key=lambda row: row.seed)
-    lost = sum(row.status == DIVERGED or (row.status == DONE and not _is_scored(row)) for row in rows)
+    lost = sum(
+        row.status == DIVERGED or (row.status == DONE and not _is_scored(row)) for row in rows
+    )
     first = next((row for row in rows if row.primary), None)
     return Summary(
         task=task,

@@ -63,7 +63,9 @@ class Comparison:
         }
 
 
-def compare(recipe: CompareRecipe, rows: Iterable[Row], *, against: str | None = None) -> Comparison:
+def compare(
+    recipe: CompareRecipe, rows: Iterable[Row], *, against: str | None = None
+) -> Comparison:
     """Arrange the rows of a recipe's cells.
 
     Args:
@@ -109,7 +111,9 @@ def _alike(summaries: Iterable[Summary], line: Line) -> list[Summary]:
     return [
         found
         for found in summaries
-        if all(own is None or own == other for own, other in zip(found.line[1:], line[1:], strict=True))
+        if all(
+            own is None or own == other for own, other in zip(found.line[1:], line[1:], strict=True)
+        )
     ]
 
 
