@@ -16,6 +16,8 @@ PANEL = (4.4, 3.4)  # inches
 COLUMNS = 3
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6f6f6f", "#000000")
 """Distinguishable with any colour vision (Okabe and Ito)."""
+STEP = 1.03
+"""Ratio of two places side by side; lines whose bytes differ by less share a place."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """By format and rank; colours are methods."""
 STYLE = {
@@ -58,7 +60,7 @@ def draw(found: Comparison, path: Path) -> Path:
 
 
 def _panel(axes: Axes, found: Comparison, task: str) -> None:
-    metric, up = None, True
+    metric, up, places = None, True, _places(found)
     for line in found.lines:
         summary, row = found.summary(line, task), found.row_of(line)
         if summary is None or row is None or row.bytes is None or summary.median is None:
@@ -67,21 +69,36 @@ def _panel(axes: Axes, found: Comparison, task: str) -> None:
         scale = 100 if formatter(metric)(1.0) == "100.0" else 1
         low, high = summary.spread or (summary.median, summary.median)
         ends = [[scale * (summary.median - low)], [scale * (high - summary.median)]]
-        axes.errorbar(
-            row.bytes.total / 1e6, scale * summary.median, yerr=ends, **_look(found, line)
-        )
+        place = places[line] / 1e6
+        axes.errorbar(place, scale * summary.median, yerr=ends, **_look(found, line))
     axes.set_title(task, fontsize=10)
     axes.set_xscale("log")
     axes.set_ylabel(f"{metric or 'no row yet'} ({'higher' if up else 'lower'} is better)")
-    axes.set_xlabel("stored, MB (logarithmic)")
+    axes.set_xlabel("stored, MB (logarithmic; equal sizes side by side)")
     _plain_ticks(axes)
+
+
+def _places(found: Comparison) -> dict[Line, float]:
+    """Bytes of each line; lines of equal bytes stand side by side, the middle one in its place."""
+    groups: dict[int, list[Line]] = {}
+    for line in found.lines:
+        row = found.row_of(line)
+        if row is not None and row.bytes is not None:
+            groups.setdefault(round(math.log(row.bytes.total) / math.log(STEP)), []).append(line)
+    places = {}
+    for group in groups.values():
+        rows = [found.row_of(line) for line in group]
+        center = sum(row.bytes.total for row in rows if row and row.bytes) / len(group)
+        for place, line in enumerate(group):
+            places[line] = center * STEP ** (place - (len(group) - 1) / 2)
+    return places
 
 
 def _plain_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
