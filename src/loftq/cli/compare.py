@@ -193,7 +193,7 @@ def _run(
         found = run_comparison(
             recipe,
             output,
-            TrainingLearner(recipe.model, device=device),
+            TrainingLearner(recipe.model, device=device, headline=recipe.headline),
             retry=retry,
             against=against,
             watcher=Watcher(begun=begun, ended=ended),

@@ -50,6 +50,7 @@ class Clerk:
             metrics={"accuracy": SCORES[cell.arm.name] + cell.seed / 100},
             primary="accuracy",
             greater_is_better=True,
+            interval=(0.4, 0.8),
             bits_per_weight=2.1 if cell.arm.quantizes else 16.0,
             bytes=Bytes(packed=10, dense=20, trained=30),
             seconds={"training": 2.0},

@@ -13,6 +13,9 @@ from typing import Any
 from loftq.lab.compare.arms import QUANTIZATION, Arm, parse_arm
 from loftq.lab.compare.recipe import CompareRecipe
 
+ADAPTERS = ("alpha", "rslora", "targets", "skip")
+"""Options of a quantization that mean something without one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -54,6 +57,12 @@ class Cell:
         """Options of `loftq quantize`."""
         chosen = {key: value for key, value in self.options.items() if key in QUANTIZATION}
         return {"method": self.arm.method, "rank": self.rank, **_width(self.format), **chosen}
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """Options of adapters on original weights."""
+        named = {key: self.options[key] for key in ADAPTERS if key in self.options}
+        return {} if self.rank is None else {"rank": self.rank, **named}
 
     @property
     def training(self) -> dict[str, Any]:

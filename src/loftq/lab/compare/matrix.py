@@ -41,6 +41,8 @@ class Learnt:
     metrics: Mapping[str, float]
     primary: str
     greater_is_better: bool
+    interval: tuple[float, float] | None
+    """Of the primary metric, for other rows of the same kind."""
     bits_per_weight: float
     bytes: Bytes
     seconds: Mapping[str, float]

@@ -16,7 +16,6 @@ from loftq.lab.compare.sizes import base_bytes, bits_per_weight, plan_cell
 from loftq.lab.compare.standin import full_size
 from loftq.lab.compare.statistics import Line
 from loftq.lab.compare.store import Bytes
-from loftq.methods import METHODS
 from loftq.pipeline.plan import Plan
 
 HEADERS_ONLY = "headers made from the recipe's architecture: nothing was downloaded"
@@ -106,7 +105,7 @@ def _headers(recipe: CompareRecipe) -> Iterator[tuple[Path, str]]:
 def _plan_line(found: list[Cell], folder: Path) -> PlannedLine:
     first, peak, note = found[0], None, ""
     try:
-        plan = plan_cell(first, folder, **_without_text(first))
+        plan = plan_cell(first, folder)
     except ValueError as error:
         problem = f"{first.arm.name}, {first.format}, rank {first.rank}: {error}"
         return PlannedLine(
@@ -126,12 +125,6 @@ def _plan_line(found: list[Cell], folder: Path) -> PlannedLine:
         note=note,
         problem="",
     )
-
-
-def _without_text(cell: Cell) -> dict[str, Any]:
-    """Changes that spare a plan the text that a method calibrates on: its bytes are the same."""
-    calibrates = cell.arm.quantizes and METHODS[cell.arm.method].needs != "none"
-    return {"method": "qlora", "data": None} if calibrates else {}
 
 
 def _peak(plan: Plan, folder: Path, found: list[Cell]) -> tuple[int | None, str]:

@@ -64,6 +64,8 @@ class CompareRecipe:
     """Runs of every cell, with seeds 0, 1, ..."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Options of every cell, over the defaults of its task."""
+    headline: Mapping[str, str] = field(default_factory=dict)
+    """Task -> metric that the table shows, where it is not the task's own."""
     rules: Sequence[Rule] = ()
     more: Sequence[Mapping[str, Any]] = ()
     """Further cells: axes (methods, formats, ranks, tasks, seeds) that differ from the above."""

@@ -9,6 +9,7 @@ from typing import Any
 from loftq import api
 from loftq.lab.compare.cells import Cell
 from loftq.lab.compare.store import Bytes
+from loftq.methods import METHODS
 from loftq.pipeline.accounting import ORIGINAL_ITEMSIZE
 from loftq.pipeline.plan import Plan
 
@@ -29,7 +30,10 @@ def plan_cell(cell: Cell, model: str | Path, *, device: str | None = None, **cha
         ValueError: anything that a quantization would refuse.
     """
     if cell.arm.quantizes:
-        return api.plan(model, device=device, **{**cell.quantization, **changes})
+        # Of a method that calibrates another one has the same bytes and asks for no text.
+        calibrates = METHODS[cell.arm.method].needs != "none"
+        spared = {"method": "qlora", "data": None} if calibrates else {}
+        return api.plan(model, device=device, **{**cell.quantization, **spared, **changes})
     kept = {key: cell.options[key] for key in ("targets", "skip") if key in cell.options}
     # The format is that of nobody: it only has to be one that any layer can have.
     chosen = {"format": "nf4-g64-f32", "rank": cell.rank or 1, **kept, **changes}

@@ -94,8 +94,8 @@ STANDINS: Mapping[str, Files] = {
     "xquad-en": Files(("squad/xquad_en.jsonl",), _question),
     "gsm8k": Files(("gsm8k/train.jsonl", "gsm8k/test.jsonl"), _problem),
     "xsum": Files(tuple(f"xsum/{s}.jsonl" for s in _THREE), _summary("document", "summary")),
-    "cnn_dailymail": Files(
-        tuple(f"cnn_dailymail/{s}.jsonl" for s in _THREE), _summary("article", "highlights")
+    "cnn-dailymail": Files(
+        tuple(f"cnn-dailymail/{s}.jsonl" for s in _THREE), _summary("article", "highlights")
     ),
     "scitldr": Files(tuple(f"scitldr/{s}.jsonl" for s in _THREE), _abstract),
 }

@@ -54,6 +54,8 @@ class Row:
     primary: str | None = None
     """The metric that the table shows."""
     greater_is_better: bool = True
+    interval: tuple[float, float] | None = None
+    """95 % of the primary metric, for other rows of the same kind; seeds are another spread."""
     bits_per_weight: float | None = None
     """Of the quantized weights, scales included; 16 where nothing is quantized."""
     bytes: Bytes | None = None
@@ -98,6 +100,8 @@ class Row:
             raise ValueError(f"version {version!r}, unknown keys {unknown}")
         if values.get("bytes") is not None:
             values["bytes"] = Bytes(**values["bytes"])
+        if values.get("interval") is not None:
+            values["interval"] = tuple(values["interval"])
         values["metrics"] = {
             key: math.nan if value is None else value for key, value in values["metrics"].items()
         }
