@@ -137,7 +137,8 @@ def _dry_run(recipe: CompareRecipe, *, tiny: bool, as_json: bool) -> None:
         out = console.screen()
         _print_plan(out, planned)
         for step in steps:
-            out.print(f"one step: {step.cell}, {step.model}: loss {step.loss:.3f}, {step.scores}")
+            scores = ", ".join(f"{name} {value:.3g}" for name, value in step.metrics.items())
+            out.print(f"one step: {step.cell}: {scores} ({console.duration(step.seconds)})")
     if planned.problems:
         raise typer.Exit(1)
 

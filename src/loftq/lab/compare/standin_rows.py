@@ -4,12 +4,13 @@ real ones, about nothing."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROWS = 12
+from loftq.tasks import Task, find_task
+
+ROWS = 24
 """Of each split."""
 THINGS = ("a river", "the old mill", "a grey cat", "the baker", "some rain", "a small boat")
 DEEDS = ("carries water", "stands still", "sleeps all day", "sells bread", "falls softly", "leaks")
@@ -60,71 +61,55 @@ def _abstract(place: int) -> dict[str, Any]:
     return {"id": f"d{place}", "document": whole["document"], "summaries": [whole["summary"]]}
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files of a data set and the maker of their rows."""
-
-    names: tuple[str, ...]
-    row: Callable[[int], dict[str, Any]]
-
-
-def _glue(name: str, row: Callable[[int], dict[str, Any]], *validation: str) -> Files:
-    splits = ("train", *(validation or ("validation",)))
-    return Files(tuple(f"glue/{name}/{split}.jsonl" for split in splits), row)
-
-
-_THREE = ("train", "validation", "test")
-STANDINS: Mapping[str, Files] = {
-    "cola": _glue("cola", _single(2)),
-    "sst2": _glue("sst2", _single(2)),
-    "mrpc": _glue("mrpc", _pair("sentence1", "sentence2", 2)),
-    "qqp": _glue("qqp", _pair("question1", "question2", 2)),
-    "stsb": _glue("stsb", _similarity),
-    "mnli": _glue(
-        "mnli", _pair("premise", "hypothesis", 3), "validation_matched", "validation_mismatched"
-    ),
-    "qnli": _glue("qnli", _pair("question", "sentence", 2)),
-    "rte": _glue("rte", _pair("sentence1", "sentence2", 2)),
-    "wnli": _glue("wnli", _pair("sentence1", "sentence2", 2)),
-    "anli": Files(
-        tuple(f"anli/{split}_r{r}.jsonl" for split in ("train", "dev", "test") for r in (1, 2, 3)),
-        _pair("premise", "hypothesis", 3),
-    ),
-    "squad": Files(("squad/train.jsonl", "squad/validation.jsonl"), _question),
-    "xquad-en": Files(("squad/xquad_en.jsonl",), _question),
-    "gsm8k": Files(("gsm8k/train.jsonl", "gsm8k/test.jsonl"), _problem),
-    "xsum": Files(tuple(f"xsum/{s}.jsonl" for s in _THREE), _summary("document", "summary")),
-    "cnn-dailymail": Files(
-        tuple(f"cnn-dailymail/{s}.jsonl" for s in _THREE), _summary("article", "highlights")
-    ),
-    "scitldr": Files(tuple(f"scitldr/{s}.jsonl" for s in _THREE), _abstract),
+MAKERS: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "cola": _single(2),
+    "sst2": _single(2),
+    "mrpc": _pair("sentence1", "sentence2", 2),
+    "qqp": _pair("question1", "question2", 2),
+    "stsb": _similarity,
+    "mnli": _pair("premise", "hypothesis", 3),
+    "qnli": _pair("question", "sentence", 2),
+    "rte": _pair("sentence1", "sentence2", 2),
+    "wnli": _pair("sentence1", "sentence2", 2),
+    "anli": _pair("premise", "hypothesis", 3),
+    "squad": _question,
+    "xquad-en": _question,
+    "gsm8k": _problem,
+    "xsum": _summary("document", "summary"),
+    "cnn-dailymail": _summary("article", "highlights"),
+    "scitldr": _abstract,
 }
-TEXTS = {
-    "wikitext2": ("wikitext2/wiki.train.raw", "wikitext2/wiki.valid.raw", "wikitext2/wiki.test.raw")
-}
+"""Task -> the maker of its row number i."""
 LINES = 200
 """Of a text: enough for a few windows."""
 
 
-def write_rows(tasks: Iterator[str] | list[str], folder: Path) -> Path:
+def write_rows(tasks: Iterable[str], folder: Path) -> Path:
     """Write the files of some tasks into a folder that can be used as LOFTQ_DATA.
 
     Raises:
-        ValueError: a task that has no stand-in.
+        ValueError: a task that does not exist, or has no stand-in.
     """
-    for task in tasks:
-        if task not in STANDINS and task not in TEXTS:
-            known = ", ".join((*STANDINS, *TEXTS))
-            raise ValueError(f"{task}: no rows stand in for it. There are some for {known}.")
-        for number, name in enumerate(TEXTS.get(task, ())):
-            lines = "".join(f" {sentence(i + number)} \n" for i in range(LINES))
-            _put(folder / name, f" = Article = \n\n{lines}")
-        if task in STANDINS:
-            found = STANDINS[task]
-            rows = "".join(json.dumps(found.row(i)) + "\n" for i in range(ROWS))
-            for name in found.names:
-                _put(folder / name, rows)
+    for name in tasks:
+        task = find_task(name)
+        if name in MAKERS:
+            _write_rows(task, MAKERS[name], folder)
+        elif task.kind == "language":
+            _write_text(task, folder)
+        else:
+            known = ", ".join(MAKERS)
+            raise ValueError(f"{name}: no rows stand in for it. There are some for {known}.")
     return folder
+
+
+def _write_rows(task: Task, make: Callable[[int], dict[str, Any]], folder: Path) -> None:
+    splits = task.splits
+    names = (*splits.train, *splits.validation, *splits.test)
+    one_file = splits.first is not None  # split by the values of a column
+    count = ROWS if splits.first is None else 3 * splits.first
+    rows = "".join(json.dumps(make(i)) + "\n" for i in range(count))
+    for name in dict.fromkeys(names):
+        _put(folder / (f"{task.local}.jsonl" if one_file else f"{task.local}/{name}.jsonl"), rows)
 
 
 def _put(path: Path, text: str) -> None:
