@@ -26,6 +26,7 @@ ORDER = (
     ("integrations",),
     ("api",),
     ("train", "eval"),
+    ("tasks",),
     ("report",),
     ("chat",),
     ("lab",),

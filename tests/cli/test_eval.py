@@ -119,13 +119,13 @@ def test_an_infinite_perplexity_is_null_in_json(
 ) -> None:
     import loftq.eval as package
 
-    real = package.perplexity
+    real = package.protocol_perplexity
 
     def infinite(*args: object, **kwargs: object) -> object:
         from dataclasses import replace
 
         return replace(real(*args, **kwargs), perplexity=float("inf"))
 
-    monkeypatch.setattr(package, "perplexity", infinite)
+    monkeypatch.setattr(package, "protocol_perplexity", infinite)
     answer = loftq("eval", "ppl", model, "--data", text, "--context", 32, "--json")
     assert json.loads(answer.out)["perplexity"] is None

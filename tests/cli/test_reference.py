@@ -23,6 +23,8 @@ VERBS = {
     "inspect": ("inspect",),
     "train": ("train",),
     "eval ppl": ("eval", "ppl"),
+    "eval TASK": ("eval", "rte"),
+    "eval harness": ("eval", "harness"),
     "chat": ("chat",),
     "eval gap": ("eval", "gap"),
     "export": ("export",),

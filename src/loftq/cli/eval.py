@@ -1,4 +1,4 @@
-"""`loftq eval`: scores of a packed model, or of the plain one it came from."""
+"""`loftq eval`: perplexity of a model, its scores on tasks, and what `--to lora` costs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loftq.cli import console, options
+from loftq.cli.eval_task import add_tasks
 from loftq.cli.gap import gap
+from loftq.cli.harness import harness
+from loftq.tasks.table import TASKS
 
 if TYPE_CHECKING:
     from torch import nn
 
-app = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Score a model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=f"Tasks, as `loftq eval TASK PATH`: {', '.join(TASKS)}.",
+)
 
 
 @app.callback()
@@ -22,6 +30,8 @@ def _eval() -> None:
 
 
 app.command()(gap)
+app.command()(harness)
+add_tasks(app)
 
 
 @app.command()
@@ -34,7 +44,12 @@ def ppl(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="batch=1 dtype=auto (float32, bfloat16, ...)."),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    protocol: Annotated[
+        str, typer.Option(help="gptq, paper or word; their numbers do not compare.")
+    ] = "gptq",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window. Default: 2048; of `paper` 1024.")
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Score only the first windows. Default: all.")
     ] = None,
@@ -48,14 +63,16 @@ def ppl(
     chosen = options.parse_pairs(settings or (), {"batch": _batch, "dtype": options.dtype_name})
     with console.answering(as_json=as_json):
         from loftq.cli.progress import Bar
-        from loftq.eval import encode, perplexity, read_text, split_of
+        from loftq.eval import protocol_perplexity, read_rows, split_of
 
-        text = read_text(data)
+        rows = read_rows(data)
         model, tokenizer, about = _load(path, adapter, device, chosen.get("dtype", "auto"))
         with Bar(console.side_screen(), "windows") as bar:
-            result = perplexity(
+            result = protocol_perplexity(
                 model,
-                encode(tokenizer, text),
+                tokenizer,
+                rows,
+                protocol,
                 context=context,
                 windows=windows,
                 batch=chosen.get("batch", 1),
@@ -66,10 +83,12 @@ def ppl(
         console.emit(answer)
         return
     out = console.screen()
-    out.print(f"perplexity {result.perplexity:.4f}  (nll {result.nll:.6f} nats a token)")
+    unit = "word" if result.units != result.tokens else "token"
+    out.print(f"perplexity {result.perplexity:.4f}  (nll {result.nll:.6f} nats a {unit})")
     out.print(
-        f"  protocol {result.protocol}, context {context}, split {answer['split']} ({data.name}), "
-        f"{console.count(result.windows, 'window')}, {result.tokens:,} predicted tokens"
+        f"  protocol {result.protocol}, context {result.context}, split {answer['split']} "
+        f"({data.name}), {console.count(len(result.windows), 'window')}, "
+        f"{result.tokens:,} predicted tokens"
     )
     out.print(f"  {path}, adapter {about['adapter']}, {about['dtype']} on {about['device']}")
 

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loftq.cli.finish import Finish
+    from loftq.tasks.result import TaskResult
     from loftq.train.result import TrainResult
 
 INTERRUPTED = 130
 PREFERRED = ("vllm", "llama.cpp", "transformers")
 """Engines, the one to name first; all are named by `loftq plan`."""
-NAMED = {"model": str, "data": str | None, "validation": str | None}
+NAMED = {"model": str, "data": str | None, "validation": str | None, "task": str | None}
 """Arguments that a config file may hold too."""
 PLACES = {"device": str | None, "cache": str | None, "memory": str | None}
 
@@ -50,6 +51,14 @@ def train(
     validation: Annotated[
         str | None, typer.Option(help="Held-out data. Default: 5 % of --data.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A published task in place of --data: rte, squad, gsm8k, ... (docs/tasks.md). "
+            "--data is then the folder of the tasks' files; --method full and lora16 train the "
+            "original model."
+        ),
+    ] = None,
     bits: options.Bits = None,
     format: options.Format = None,
     method: options.Method = None,
@@ -79,9 +88,9 @@ def train(
 ) -> None:
     """Fine-tune the adapter of MODEL on --data; the same command again goes on after a stop."""
     flags = {
-        "data": data, "validation": validation, "bits": bits, "format": format, "method": method,
-        "rank": rank, "alpha": alpha, "targets": targets, "skip": skip, "engine": engine,
-        "device": device, "seed": seed, "memory": memory, "report_to": report_to,
+        "data": data, "validation": validation, "task": task, "bits": bits, "format": format,
+        "method": method, "rank": rank, "alpha": alpha, "targets": targets, "skip": skip,
+        "engine": engine, "device": device, "seed": seed, "memory": memory, "report_to": report_to,
         "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     main = os.environ.get("RANK", "0") == "0"
@@ -89,21 +98,26 @@ def train(
     with console.answering(as_json=as_json):
         from loftq.cli.finish import Finish
         from loftq.cli.train_screen import TrainScreen
+        from loftq.cli.train_task import task_types, train_on_task
         from loftq.train.options import option_types
         from loftq.train.run import train as run
 
-        known = {**option_types(), **NAMED, **PLACES, **options.AFTER_KEYS}
+        known = {**task_types(), **option_types(), **NAMED, **PLACES, **options.AFTER_KEYS}
         request = options.collect(flags, settings, config, known)
         chosen = {key: value for key, value in request.options.items() if key != "model"}
-        if "data" not in chosen:
-            raise typer.BadParameter("give the training data with --data FILE.")
+        named = chosen.pop("task", None)
+        if named is None and "data" not in chosen:
+            raise typer.BadParameter("give the training data with --data FILE, or a --task.")
         finish = Finish(output, request.after, push_to_hub if main else None)
         screen = TrainScreen(out, console.side_screen())
-        out.print(f"train: {model} on {chosen['data']} -> {output}")
+        out.print(f"train: {model} on {named or chosen['data']} -> {output}")
+        where: Any = {"overwrite": overwrite, "listener": screen}
+        result: TrainResult | TaskResult
         try:
-            result = run(
-                model, chosen.pop("data"), output, overwrite=overwrite, listener=screen, **chosen
-            )
+            if named is not None:
+                result = train_on_task(model, named, output, **where, **chosen)
+            else:
+                result = run(model, chosen.pop("data"), output, **where, **chosen)
         except KeyboardInterrupt:
             screen.close()
             again = "the same command without --overwrite" if overwrite else "the same command"
@@ -122,7 +136,9 @@ def train(
         _print_end(out, output, result, finish)
 
 
-def _print_end(out: Console, output: Path, result: TrainResult, finish: Finish) -> None:
+def _print_end(
+    out: Console, output: Path, result: TrainResult | TaskResult, finish: Finish
+) -> None:
     found = result.summary
     lines = console.facts()
     if result.already_finished:
@@ -135,7 +151,14 @@ def _print_end(out: Console, output: Path, result: TrainResult, finish: Finish) 
     peak = result.memory.get("measured_peak")
     if peak is not None:
         lines.add_row("memory", f"{console.size(peak)} at the peak", _memory_note(found))
-    lines.add_row("wrote", str(result.adapter), "the best checkpoint by validation loss")
+    if "task" in found:
+        from loftq.cli.train_task import add_end
+
+        add_end(lines, output, result)
+        finish.add_rows(lines)
+        out.print(lines)
+        return
+    lines.add_row("wrote", f"{output / 'adapter'}", "the best checkpoint by validation loss")
     finish.add_rows(lines)
     lines.add_row("next", f"loftq chat {output}")
     lines.add_row("", f"loftq export {output} {way_out(output)} -o SERVED")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = 1200  # characters of the example that are shown
 ANSWER = 300  # of a prompt or an answer
+OF_A_VALIDATION = ("step", "epoch", "validation_loss")
+"""Keys of every validation; any others are the metrics of a task."""
 LINES = 10  # progress lines of a run away from a terminal
 
 
@@ -91,7 +93,9 @@ class TrainScreen(Listener):
 
     def validation(self, row: Mapping[str, Any], pace: Pace) -> None:
         """A validation is done."""
-        self._screen.print(f"step {pace.step}: validation loss {row['validation_loss']:.4f}")
+        scores = [f"{key} {value:.4f}" for key, value in row.items() if key not in OF_A_VALIDATION]
+        loss = f"validation loss {row['validation_loss']:.4f}"
+        self._screen.print(f"step {pace.step}: {', '.join([loss, *scores])}")
 
     def finished(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """The answers before and after."""

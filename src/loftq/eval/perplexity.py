@@ -67,23 +67,41 @@ def perplexity(
     Raises:
         ValueError: too little text, or a context the model was not made for.
     """
-    chosen = _windows(model, token_ids, context, windows)
-    device = next(model.parameters()).device
-    total, done = 0.0, 0
-    with _scoring(model):
-        for ids in chosen.split(batch):
-            ids = ids.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            total += sum(_nll(logits[i, :-1], ids[i, 1:]) for i in range(len(ids)))
-            del logits
-            done += len(ids)
-            if on_window is not None:
-                on_window(done, len(chosen), _exp(total / (done * (context - 1))))
+    chosen = windows_of(model, token_ids, context, windows)
+    total = sum(window_losses(model, chosen, batch=batch, on_window=on_window))
     tokens = len(chosen) * (context - 1)
     nll = total / tokens
     return PerplexityResult(
         perplexity=_exp(nll), nll=nll, tokens=tokens, windows=len(chosen), context=context
     )
+
+
+def window_losses(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch: int = 1,
+    on_window: Callable[[int, int, float], object] | None = None,
+) -> list[float]:
+    """Summed negative log-likelihood of each window in nats, its first token not predicted.
+
+    Args:
+        model: as in `perplexity`.
+        windows: (n, context) integer token ids.
+        batch: windows at a time.
+        on_window: as in `perplexity`.
+    """
+    device, found = next(model.parameters()).device, []
+    predicted = windows.shape[1] - 1
+    with _scoring(model):
+        for ids in windows.split(batch):
+            ids = ids.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            found += [_nll(logits[i, :-1], ids[i, 1:]) for i in range(len(ids))]
+            del logits
+            if on_window is not None:
+                on_window(len(found), len(windows), _exp(sum(found) / (len(found) * predicted)))
+    return found
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:
@@ -96,10 +114,11 @@ def _nll(logits: Tensor, targets: Tensor) -> float:
     return float(torch.stack(parts).sum())
 
 
-def _windows(model: nn.Module, token_ids: Tensor, context: int, windows: int | None) -> Tensor:
+def windows_of(model: nn.Module, token_ids: Tensor, context: int, windows: int | None) -> Tensor:
+    """(n, context): the first windows of a stream, without overlap; errors as in `perplexity`."""
     if context < 2:
         raise ValueError(f"context={context}: must be at least 2, to predict one token from one.")
-    limit = _longest(model)
+    limit = longest(model)
     if limit is not None and context > limit:
         raise ValueError(
             f"context={context}: the model was made for at most {limit} tokens. Choose {limit} or "
@@ -118,7 +137,8 @@ def _windows(model: nn.Module, token_ids: Tensor, context: int, windows: int | N
     return token_ids[: count * context].view(count, context)
 
 
-def _longest(model: nn.Module) -> int | None:
+def longest(model: nn.Module) -> int | None:
+    """Tokens that the model was made for, or None where its config does not say."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

@@ -31,19 +31,31 @@ def read_text(path: str | Path) -> str:
         OSError: no such file, or damaged gzip.
     """
     path = Path(path)
+    rows = read_rows(path)
+    return rows[0] if _kind(path) == ".txt" else "\n\n".join(rows)
+
+
+def read_rows(path: str | Path) -> list[str]:
+    """The rows of a file as the data set stores them, for protocols that join them in other ways.
+
+    `.raw`: each line with its end, "" for a blank one. `.jsonl`: the text of each line. `.txt`: the
+    whole text, one row. Errors as of `read_text`.
+    """
+    path = Path(path)
     kind = _kind(path)
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). Convert the file to UTF-8.") from error
+    rows = [text]
     if kind == ".raw":
-        text = "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n")[:-1])
+        rows = [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
     elif kind == ".jsonl":
-        text = "\n\n".join(_field(path, number, line) for number, line in _lines(text))
-    if not text.strip():
+        rows = [_field(path, number, line) for number, line in _lines(text)]
+    if not "".join(rows).strip():
         raise ValueError(f"{path}: holds no text. Check that it is the file you mean.")
-    return text
+    return rows
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:

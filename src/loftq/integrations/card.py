@@ -170,6 +170,11 @@ def adapter_card(
         "",
         f"model = loftq.load({json.dumps(base)}, adapter={where})",
     ]
+    task = _json(run.task).get("task")
+    if task is not None:  # the class of the task and its head, which the backbone's config lacks
+        code[0] = "from loftq.tasks import load_task_model  # pip install loftq"
+        named = f"{json.dumps(base)}, {json.dumps(task)}"
+        code[-1] = f"model, tokenizer = load_task_model({named}, adapter={where})"
     lineage = run.base().backbone
     about = (
         f"A LoRA adapter trained with [loftq]({PAPER}) {__version__} on the packed backbone "
@@ -199,7 +204,7 @@ def backbone_repo(folder: Path) -> str | None:
 
 def _results(run: RunFolder, metrics: Metrics) -> dict[str, str]:
     data = _json(run.data)
-    rows, best, unit = {}, metrics.best, loss_unit(data)
+    rows, best, unit = _scores(_json(run.task)), metrics.best, loss_unit(data)
     if best is not None:
         first = metrics.validation[0]
         was = f"; {first['validation_loss']:.4f} at step {first['step']:g}"
@@ -218,6 +223,18 @@ def _results(run: RunFolder, metrics: Metrics) -> dict[str, str]:
         if isinstance(data.get(key), int):
             rows[words] = f"{data[key]:,}"
     return rows
+
+
+def _scores(task: Mapping[str, Any]) -> dict[str, str]:
+    """Lines of a published task: each metric on each reported split."""
+    return {
+        f"{task['task']} {split}, {name}": (
+            f"{score['value']:.4f} (95 % interval {score['low']:.4f} to {score['high']:.4f}, "
+            f"{score['rows']:,} rows)"
+        )
+        for split, scores in (task.get("metrics") or {}).items()
+        for name, score in scores.items()
+    }
 
 
 def _front(origin: Origin, *, relation: str, library: str, tags: list[str]) -> str:

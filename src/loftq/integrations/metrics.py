@@ -27,9 +27,18 @@ class Metrics:
         return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
+UNITS = {
+    "preference": "nats per pair",
+    "classification": "nats per row",
+    "regression": "squared error",
+    "spans": "nats per position",
+}
+"""What a loss counts, by the format of the data; all others are in nats per token."""
+
+
 def loss_unit(data: Mapping[str, Any]) -> str:
-    """What the losses of a run count, by data.json: preferences are scored by the pair."""
-    return "nats per pair" if data.get("format") == "preference" else "nats per token"
+    """What the losses of a run count, by data.json."""
+    return UNITS.get(str(data.get("format")), "nats per token")
 
 
 def read_metrics(path: Path) -> Metrics:

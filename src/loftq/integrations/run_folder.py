@@ -25,6 +25,8 @@ class RunBase:
     """sha256 of its packed tensors, as in loftq.json."""
     model: str
     """The model as the user named it."""
+    baseline: str = ""
+    """full or lora16 where the original model was trained instead of a packed one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter, a standard PEFT folder."""
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model of a run that trained every weight, in place of an adapter."""
+        return self.path / "model"
 
     @property
     def config(self) -> Path:
@@ -52,6 +59,11 @@ class RunFolder:
     def samples(self) -> Path:
         """Held-out prompts before and after."""
         return self.path / "samples.json"
+
+    @property
+    def task(self) -> Path:
+        """Scores of a run on a published task; not in other runs."""
+        return self.path / "task.json"
 
     @property
     def data(self) -> Path:
@@ -86,6 +98,7 @@ class RunFolder:
                 path=self.path / found["path"],  # an absolute path stays what it is
                 backbone=str(found["backbone"]),
                 model=str(found["model"]),
+                baseline=str(found.get("baseline", "")),
             )
         except FileNotFoundError:
             raise RunError(
@@ -97,14 +110,14 @@ class RunFolder:
 
 
 def open_run(path: str | Path) -> RunFolder:
-    """A run with a trained adapter.
+    """A run with a trained adapter, or a trained model where every weight was trained.
 
     Raises:
         RunError: no run, or one that ended before its adapter was written.
     """
     run = RunFolder(Path(path))
-    run.base()
-    if not (run.adapter / "adapter_config.json").is_file():
+    whole = run.base().baseline == "full" and (run.model / "config.json").is_file()
+    if not whole and not (run.adapter / "adapter_config.json").is_file():
         raise RunError(
             f"{run.path}: no adapter/adapter_config.json, so the run has not ended. Give its "
             "`loftq train` command again: it goes on from the last checkpoint."
@@ -130,8 +143,14 @@ def backbone_and_adapter(path: str | Path) -> tuple[Path, Path]:
     if (folder / "loftq.json").is_file():
         out, adapter = folder, folder / START
     else:
-        run = open_run(folder)
-        out, adapter = run.base().path, run.adapter
+        run = RunFolder(folder)
+        base = run.base()
+        if base.baseline:
+            raise RunError(
+                f"{folder}: a baseline ({base.baseline}) on the full-precision model {base.model}, "
+                "without a packed backbone. `loftq eval` with its task scores it."
+            )
+        out, adapter = base.path, open_run(folder).adapter
     try:
         backbone = json.loads((out / "loftq.json").read_text(encoding="utf-8"))["backbone"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -58,6 +58,8 @@ class Training:
     memory: Mapping[str, int]
     """Predicted bytes at the peak, by part."""
     measured_peak: int | None
+    task: Mapping[str, Any]
+    """task.json: scores of a run on a published task; empty for other runs."""
 
     @property
     def loss_unit(self) -> str:
@@ -153,7 +155,12 @@ def _training(run: RunFolder, missing: list[str]) -> Training:
         data=_json(run.data, missing, "Counts of the data", {}),
         memory={name: int(size) for name, size in (memory.get("predicted") or {}).items()},
         measured_peak=memory.get("measured_peak"),
+        task=_task(run),
     )
+
+
+def _task(run: RunFolder) -> Mapping[str, Any]:
+    return _json(run.task, [], "", {}) if run.task.is_file() else {}
 
 
 def _samples(found: Sequence[Any]) -> tuple[dict[str, str | None], ...]:

@@ -28,7 +28,8 @@ REQUIRED = {
 """Package -> (oldest version, first version too new); as in pyproject.toml."""
 EXTRAS = {
     "train": ("trl", "datasets", "jinja2"),
-    "eval": ("lm-eval", "scikit-learn", "scipy"),
+    "eval": ("rouge-score", "scikit-learn", "scipy"),
+    "harness": ("lm-eval",),
     "report": ("jinja2", "matplotlib"),
     "demo": ("gguf",),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from loftq.report.collect import Facts, Training
 from loftq.units import size
@@ -49,8 +50,20 @@ def tiles(facts: Facts) -> list[Tile]:
     ]
 
 
+def _task_tiles(task: Mapping[str, Any]) -> Iterator[Tile]:
+    """The headline metric of a published task on each reported split."""
+    for split, scores in (task.get("metrics") or {}).items():
+        score = scores.get(task.get("primary"))
+        if score is not None:
+            span = (
+                f"95 % interval {score['low']:.4f} to {score['high']:.4f}, {score['rows']:,} rows"
+            )
+            label = f"{task['task']} {split}: {task['primary']}"
+            yield Tile(label, f"{score['value']:.4f}", span)
+
+
 def _training_tiles(training: Training) -> list[Tile]:
-    metrics, found = training.metrics, []
+    metrics, found = training.metrics, list(_task_tiles(training.task))
     best = metrics.best
     if best is not None:
         first = metrics.validation[0]
@@ -85,6 +98,9 @@ def next_commands(facts: Facts) -> list[tuple[str, str]]:
             (f"loftq export {out} --for vllm", "for an engine: transformers, vllm or llama.cpp"),
             (f"loftq inspect {out} --check", "every byte against its record"),
         ]
+    if facts.training.task:
+        name = facts.training.task["task"]
+        return [(f"loftq eval {name} {folder}", "score it again, or on another split")]
     return [
         (f"loftq chat {folder}", "talk to it"),
         (f"loftq export {folder} --for vllm", "for an engine: transformers, vllm or llama.cpp"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Recorder(TrainerCallback):
         meter: of memory.
         capacity: bytes of memory that the device has.
         seconds: trained by earlier sessions of this run.
+        scores: metrics that a row of a validation carries beside its loss.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Recorder(TrainerCallback):
         *,
         capacity: int | None,
         seconds: float = 0.0,
+        scores: Sequence[str] = (),
     ) -> None:
         self._path, self._listener, self._meter = path, listener, meter
-        self._capacity, self._before = capacity, seconds
+        self._capacity, self._before, self._scores = capacity, seconds, scores
         self._began = self._step_began = time.perf_counter()
         self._in_steps, self._first_step, self._tokens, self._seen = 0.0, 0, 0.0, 0.0
 
@@ -64,7 +66,7 @@ class Recorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         _refuse_divergence(args, state, logs)
-        self._tokens, tokens = float(logs.get("num_tokens", 0)), self._tokens
+        self._tokens, tokens = _tokens_seen(logs), self._tokens
         rate = (self._tokens - tokens) / self._in_steps if self._in_steps > 0 else None
         self._in_steps = 0.0
         peak = self._meter.peak
@@ -95,6 +97,8 @@ class Recorder(TrainerCallback):
             return
         epoch = round(float(state.epoch or 0), 4)
         row = {"step": state.global_step, "epoch": epoch, "validation_loss": float(loss)}
+        found = metrics or {}
+        row |= {n: float(found[f"eval_{n}"]) for n in self._scores if f"eval_{n}" in found}
         self._write(row)
         self._listener.validation(row, self._pace(state))
 
@@ -130,6 +134,11 @@ class LastStep(TrainerCallback):
             control.should_evaluate = True
             control.should_save = True
         return control
+
+
+def _tokens_seen(logs: Mapping[str, Any]) -> float:
+    """Tokens since the first step, in the words of TRL or of transformers' own trainer."""
+    return float(logs.get("num_tokens", logs.get("num_input_tokens_seen", 0)))
 
 
 def _refuse_divergence(args: Any, state: Any, logs: Mapping[str, Any]) -> None:

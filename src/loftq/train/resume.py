@@ -17,7 +17,13 @@ from loftq.integrations.metrics import read_metrics
 from loftq.integrations.run_folder import RunFolder
 from loftq.train.errors import TrainError
 
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+NEEDED = ("optimizer.pt", "scheduler.pt")
+WEIGHTS = (
+    ("adapter_config.json", "adapter_model.safetensors"),
+    ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json"),
+)
+"""What a checkpoint of an adapter holds, or one of a whole model."""
 LOCK = ".loftq-lock"  # while a process works in the folder
 STATE = "trainer_state.json"  # the last file of a checkpoint that is written
 FREE = (
@@ -27,9 +33,10 @@ FREE = (
 """Settings that leave the result alone; of the first two the product counts."""
 OURS = (
     "adapter", "adapter.partial", "config.yaml", "metrics.jsonl", "checkpoints", "base.json",
-    "samples.json", "data.json", "memory.json", "report.html",
+    "samples.json", "data.json", "memory.json", "report.html", "model", "model.partial",
+    "task.json", "predictions-*.jsonl",
 )  # fmt: skip
-"""What `train` writes into its folder, and so may remove."""
+"""What `train` writes into its folder, and so may remove; patterns."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,10 @@ def write_record(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def is_finished(run: RunFolder) -> bool:
     """Whether the run in this folder came to its end."""
-    return (run.adapter / "adapter_config.json").is_file()
+    return any(
+        (folder / name).is_file()
+        for folder, name in ((run.adapter, "adapter_config.json"), (run.model, "config.json"))
+    )
 
 
 def differences(run: RunFolder, settings: Mapping[str, Any]) -> list[str]:
@@ -98,7 +108,8 @@ def _is_whole(path: Path, step: int) -> bool:
         return False
     random = any(path.glob("rng_state*.pth"))
     complete = all((path / name).is_file() for name in NEEDED)
-    return bool(complete and random and state.get("global_step") == step)
+    weights = any(all((path / name).is_file() for name in names) for names in WEIGHTS)
+    return bool(complete and weights and random and state.get("global_step") == step)
 
 
 def refuse_foreign(run: RunFolder) -> None:
@@ -120,8 +131,7 @@ def refuse_foreign(run: RunFolder) -> None:
 
 def clear(run: RunFolder) -> None:
     """Remove what an earlier run left in its folder, and nothing else."""
-    for name in OURS:
-        path = run.path / name
+    for path in [path for name in OURS for path in run.path.glob(name)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

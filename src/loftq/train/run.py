@@ -6,13 +6,10 @@ appear whole, the adapter comes last, and whatever interrupts a run, the same ca
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loftq.checkpoint.durable import ProcessLock
 from loftq.integrations.run_folder import RunFolder
 from loftq.train import resume
 from loftq.train.base import (
@@ -26,6 +23,7 @@ from loftq.train.base import (
 from loftq.train.budget import fit_to
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
+from loftq.train.folder import begin, claimed, refuse_differences, refuse_own_output
 from loftq.train.inputs import Inputs, read_inputs
 from loftq.train.listener import Listener
 from loftq.train.options import split_options
@@ -88,7 +86,7 @@ def train(
     place, run = Place(device), RunFolder(Path(output))
     names = str(model), str(data), None if validation is None else str(validation)
     told = (listener or Listener()) if place.is_main else Listener()
-    _refuse_own_output(names[0], run)
+    refuse_own_output(names[0], run)
     folder, tokenizer = backbone_folder(names[0]), own_tokenizer(names[0])
     if not (folder / "loftq.json").is_file():  # or else `locate` says that it is packed already
         refuse_calibrated(chosen.quantize.get("method"))
@@ -97,16 +95,16 @@ def train(
         chosen, fit = fit_to(memory, folder, chosen, rows, place, set(options))
         told.fitted(fit)
     settings = {**chosen.settings(*names), "memory": memory}
-    with _claimed(run, place):
+    with claimed(run, place):
         if resume.is_finished(run) and not overwrite:
-            _refuse_differences(run, resume.differences(run, settings), finished=True)
+            refuse_differences(run, resume.differences(run, settings), finished=True)
             return read_result(run, already_finished=True)
         # The rows before the weights: quantizing takes long, and a bad row is soon found.
         inputs = read_inputs(folder, names[1], names[2], chosen.data, place, tokenizer=tokenizer)
         quantize = dict(chosen.quantize) | ({} if device is None else {"device": device})
         found = locate(names[0], quantize, cache=None if cache is None else Path(cache))
         # What may be refused was: an earlier run is cleared away only now.
-        checkpoint = _begin(run, place, settings, overwrite=overwrite)
+        checkpoint = begin(run, place, settings, overwrite=overwrite)
         with place.main_first():
             base = settle(found, quantize, told)
         _record(run, place, settings, base, inputs, resumed=checkpoint is not None)
@@ -120,25 +118,6 @@ def train(
             checkpoint=checkpoint,
         )
         return session.carry_out()
-
-
-def _refuse_own_output(model: str, run: RunFolder) -> None:
-    """Refuse to write a run over the one that it goes on from."""
-    if (run.path / "base.json").is_file() and Path(model).resolve() == run.path.resolve():
-        raise TrainError(f"{model}: MODEL is the run itself. Choose another folder with -o.")
-
-
-def _begin(
-    run: RunFolder, place: Place, settings: dict[str, Any], *, overwrite: bool
-) -> resume.Checkpoint | None:
-    """The checkpoint to go on from, or None after clearing the folder for a fresh start."""
-    with place.main_first():
-        checkpoint = None if overwrite else resume.last_checkpoint(run)
-        if checkpoint is not None:
-            _refuse_differences(run, resume.differences(run, settings), finished=False)
-        elif place.is_main:
-            resume.clear(run)
-    return checkpoint
 
 
 def _record(
@@ -160,15 +139,6 @@ def _record(
         resume.write_record(run.data, counts)
 
 
-def _refuse_differences(run: RunFolder, found: list[str], *, finished: bool) -> None:
-    if found:
-        state = "a finished run" if finished else "an unfinished run"
-        raise TrainError(
-            f"{run.path}: holds {state} with other settings ({'; '.join(found)}). Choose another "
-            "folder with -o, give its own settings, or replace it with --overwrite."
-        )
-
-
 def _require(config: TrainConfig) -> None:
     for name, extra in EXTRA.items():
         if importlib.util.find_spec(name) is None:
@@ -179,18 +149,3 @@ def _require(config: TrainConfig) -> None:
             f"optimizer={config.optimizer}, report_to={config.report_to}: needs "
             f"{' and '.join(missing)}. pip install {' '.join(missing)}, or choose another."
         )
-
-
-@contextlib.contextmanager
-def _claimed(run: RunFolder, place: Place) -> Iterator[None]:
-    """No second command writes into the folder meanwhile."""
-    if not place.is_main:
-        yield
-        return
-    resume.refuse_foreign(run)
-    run.path.mkdir(parents=True, exist_ok=True)
-    lock = ProcessLock(run.path / resume.LOCK)
-    try:
-        yield
-    finally:
-        lock.release()

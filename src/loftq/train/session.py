@@ -60,7 +60,7 @@ class Session:
 
     def carry_out(self) -> TrainResult:
         """Train, and write everything that a finished run holds."""
-        with _undisturbed():
+        with undisturbed():
             self._load()
             samples = self._samples_before()
             trainer = self._build()
@@ -261,7 +261,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Without the bars of `datasets`, and what transformers and TRL deprecate of each other."""
     import datasets
 

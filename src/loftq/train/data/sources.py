@@ -90,7 +90,7 @@ def _all(files: list[Path]) -> Rows:
 
 def _hub(name: str) -> Source:
     repository, _, configuration = name.partition(":")
-    splits = _load(name, repository, configuration or None)
+    splits = load_splits(name, repository, configuration or None)
     if "train" not in splits:
         raise DataError(f"{name}: has no split train, only {', '.join(splits)}.")
     validation = next((s for s in splits if s != "train" and split_of(s) == "validation"), None)
@@ -110,7 +110,7 @@ def _split(name: str, split: str, rows: Any) -> Rows:
         yield as_row(Place(f"{name} ({split})", number), values)
 
 
-def _load(name: str, repository: str, configuration: str | None) -> Any:
+def load_splits(name: str, repository: str, configuration: str | None) -> Any:
     """All splits of a data set, from the cache or the hub."""
     from datasets import load_dataset
 

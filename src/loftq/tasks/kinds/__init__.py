@@ -1,0 +1,1 @@
+"""How each kind of task turns rows into features, predictions and scores."""
