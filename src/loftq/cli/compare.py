@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loftq.lab.compare.table import Comparison
 
 AXES = ("formats", "ranks")
-"""Keys that change the matrix; all others are options of `train`, for every cell."""
+"""Keys that change the matrix; all others are options of `train --task`, for every cell."""
 
 
 def compare(
@@ -31,7 +31,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="formats=nf2-g64,nf4-g64 ranks=16,32, and options of `train` for every cell: "
+            help="formats=nf2-g64,nf4-g64 ranks=16,32, and options of `train --task` for every cell: "
             "max_steps=100 learning_rate=1e-4 ...",
         ),
     ] = None,
@@ -58,6 +58,9 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Cells, bytes and memory; trains nothing.")
     ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only write the table of the rows that are there.")
+    ] = False,
     tiny: Annotated[
         bool,
         typer.Option(
@@ -82,6 +85,13 @@ def compare(
         return
     if output is None:
         raise typer.BadParameter("give a folder for the rows and the table with -o.")
+    if table:
+        with console.answering(as_json=as_json):
+            from loftq.lab.compare.matrix import write_tables
+
+            found = write_tables(chosen, output, against=against)
+        _answer(found, output, as_json=as_json)
+        return
     _run(chosen, output, device, retry=retry, against=against, as_json=as_json)
 
 
@@ -108,7 +118,7 @@ def _words(values: list[str] | None) -> list[str] | None:
 
 
 def _changed(recipe: CompareRecipe, axes: dict[str, Any], words: list[str]) -> CompareRecipe:
-    from loftq.train.options import option_types
+    from loftq.tasks.config import option_types
 
     known = {**option_types(), **dict.fromkeys(AXES, tuple[str, ...] | None)}
     given = dict(options.collect({}, words, None, known).options)
@@ -199,18 +209,20 @@ def _run(
             against=against,
             watcher=Watcher(begun=begun, ended=ended),
         )
+    _answer(found, output, as_json=as_json)
+
+
+def _answer(found: Comparison, output: Path, *, as_json: bool) -> None:
     if as_json:
         console.emit(found.to_dict())
         return
-    _print_result(console.screen(), found, output)
-
-
-def _print_result(out: Console, found: Comparison, output: Path) -> None:
     from rich.markdown import Markdown
+
+    out = console.screen()
 
     text = (output / "table.md").read_text(encoding="utf-8")
     out.print(Markdown(text) if out.is_terminal else text)
     missing = len(found.cells) - len(found.rows)
     if missing:
-        out.print(f"{console.count(missing, 'cell')} are in the hands of other processes.")
+        out.print(f"not there yet: {console.count(missing, 'cell')}.")
     out.print(f"table: {output / 'table.md'}, picture: {output / 'picture.svg'}", style="dim")

@@ -14,7 +14,7 @@ from loftq.lab.compare.cells import Cell
 from loftq.lab.compare.matrix import Learnt
 from loftq.lab.compare.sizes import bits_per_weight, plan_cell
 from loftq.lab.compare.store import Bytes
-from loftq.lab.compare.table import LOWER_IS_BETTER
+from loftq.lab.compare.table import lower_is_better
 
 if TYPE_CHECKING:
     from loftq.tasks import TaskResult
@@ -95,7 +95,7 @@ class TrainingLearner:
         return Learnt(
             metrics=scores,
             primary=primary,
-            greater_is_better=primary not in LOWER_IS_BETTER,
+            greater_is_better=not lower_is_better(primary),
             interval=(shown["low"], shown["high"]),
             bits_per_weight=bits_per_weight(cell, plan),
             bytes=Bytes(packed=counted["backbone"], dense=counted["kept"], trained=trained),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.lab.compare.statistics import Line
-from loftq.lab.compare.table import Comparison, formatter
+from loftq.lab.compare.table import Comparison, lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def _panel(axes: Axes, found: Comparison, task: str) -> None:
         if summary is None or row is None or row.bytes is None or summary.median is None:
             continue
         metric, up = summary.metric, summary.greater_is_better
-        scale = 100 if formatter(metric)(1.0) == "100.0" else 1
+        scale = 1 if lower_is_better(metric or "") else 100
         low, high = summary.spread or (summary.median, summary.median)
         ends = [[scale * (summary.median - low)], [scale * (high - summary.median)]]
         place = places[line] / 1e6

@@ -75,6 +75,7 @@ MAKERS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "squad": _question,
     "xquad-en": _question,
     "gsm8k": _problem,
+    "gsm8k-loss": _problem,
     "xsum": _summary("document", "summary"),
     "cnn-dailymail": _summary("article", "highlights"),
     "scitldr": _abstract,
@@ -110,6 +111,12 @@ def _write_rows(task: Task, make: Callable[[int], dict[str, Any]], folder: Path)
     rows = "".join(json.dumps(make(i)) + "\n" for i in range(count))
     for name in dict.fromkeys(names):
         _put(folder / (f"{task.local}.jsonl" if one_file else f"{task.local}/{name}.jsonl"), rows)
+
+
+def _write_text(task: Task, folder: Path) -> None:
+    for number, name in enumerate(task.files.values()):
+        lines = "".join(f" {sentence(i + number)} \n" for i in range(LINES))
+        _put(folder / task.local / f"{name}.raw", f" = Article = \n\n{lines}")
 
 
 def _put(path: Path, text: str) -> None:

@@ -175,15 +175,21 @@ def summary_text(summary: Summary) -> str:
 
 def formatter(metric: str | None) -> Callable[[float], str]:
     """How a metric is written: losses and perplexities as they are, shares times 100."""
-    return LOWER_IS_BETTER.get(metric or "", lambda value: f"{100 * value:.1f}")
+    found = [show for start, show in UNBOUNDED.items() if (metric or "").startswith(start)]
+    return found[0] if found else lambda value: f"{100 * value:.1f}"
 
 
-LOWER_IS_BETTER: Mapping[str, Callable[[float], str]] = {
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a loss or a perplexity."""
+    return metric.startswith(tuple(UNBOUNDED))
+
+
+UNBOUNDED: Mapping[str, Callable[[float], str]] = {
     "loss": lambda value: f"{value:.4f}",
     "answer_loss": lambda value: f"{value:.4f}",
     "perplexity": lambda value: f"{value:.2f}" if value < 1e4 else f"{value:.2g}",
 }
-"""Metrics that are no share of one, and how they are written."""
+"""Beginnings of the names of metrics that are no share of one, and how they are written."""
 
 
 def _paired(found: Comparison) -> str:
