@@ -31,8 +31,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="formats=nf2-g64,nf4-g64 ranks=16,32, and options of `train --task` for every cell: "
-            "max_steps=100 learning_rate=1e-4 ...",
+            help="formats=nf2-g64,nf4-g64 ranks=16,32, and options of `train` for every cell: "
+            "max_steps=100 ...",
         ),
     ] = None,
     output: Annotated[

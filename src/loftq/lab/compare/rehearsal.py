@@ -95,6 +95,8 @@ def _small(cell: Cell) -> Cell:
     options = {k: v for k, v in cell.options.items() if k not in ("epochs", "train_rows")}
     length = min(LENGTH, options.get("max_length", LENGTH))
     options |= {**LITTLE, "max_length": length}
+    if "formats" in options:  # patterns for blocks: those after the first find none here
+        options["formats"] = dict(list(options["formats"].items())[:1])
     if "data" in options:
         options |= {"data": TEXT, "calibration_windows": 2, "calibration_context": 16}
     return replace(cell, rank=None if cell.rank is None else RANK, options=options)

@@ -81,8 +81,8 @@ MAKERS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "scitldr": _abstract,
 }
 """Task -> the maker of its row number i."""
-LINES = 200
-"""Of a text: enough for a few windows."""
+ARTICLES, LINES = 4, 50
+"""Of a text: enough for a few windows, and for some to be held out."""
 
 
 def write_rows(tasks: Iterable[str], folder: Path) -> Path:
@@ -116,7 +116,8 @@ def _write_rows(task: Task, make: Callable[[int], dict[str, Any]], folder: Path)
 def _write_text(task: Task, folder: Path) -> None:
     for number, name in enumerate(task.files.values()):
         lines = "".join(f" {sentence(i + number)} \n" for i in range(LINES))
-        _put(folder / task.local / f"{name}.raw", f" = Article = \n\n{lines}")
+        text = "".join(f" = Article {k} = \n\n{lines}\n" for k in range(ARTICLES))
+        _put(folder / task.local / f"{name}.raw", text)
 
 
 def _put(path: Path, text: str) -> None:
