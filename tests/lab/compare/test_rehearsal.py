@@ -34,7 +34,7 @@ def test_a_packaged_comparison_trains_a_step(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     steps = rehearse(recipe, work=tmp_path)
     assert {step.cell for step in steps} == {cell.name for cell in chosen(recipe)}
-    found = [cell for cell in chosen(recipe)]
+    found = chosen(recipe)
     assert {cell.task for cell in found} == set(recipe.tasks)
     assert {cell.arm.name for cell in found} == {cell.arm.name for cell in cells(recipe)}
     for step in steps:
