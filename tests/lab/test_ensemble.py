@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import loftq
+from loftq.cli.main import main
 from loftq.lab.compare.recipe import load_recipe
 from loftq.lab.compare.standin import tiny
 from loftq.lab.compare.standin_rows import words, write_rows
@@ -52,6 +53,19 @@ def test_members_differ_and_their_average_is_not_worse(place: Path, tmp_path: Pa
     runs = [tmp_path / "members/0", tmp_path / "members/1"]
     with pytest.raises(TaskError, match="1 predictions for 24 rows"):
         score_ensemble(runs, "rte", data=place / "data")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_command_shows_every_member_and_the_ensemble(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOFTQ_DATA", str(place / "data"))
+    keys = [f"{key}={value}" for key, value in {**LITTLE, "max_steps": 1, "eval_steps": 1}.items()]
+    words = ["lab", "ensemble", place / "out", "--task", "rte", "--members", 2, "-o", tmp_path]
+    assert main([str(word) for word in [*words, "--device", "cpu", *keys]]) == 0
+    out = capsys.readouterr().out
+    for name in ("member 0", "member 1", "ensemble", "24 rows of rte (validation)"):
+        assert name in out
 
 
 def test_an_ensemble_of_one_or_of_numbers_is_refused(place: Path, tmp_path: Path) -> None:
