@@ -60,6 +60,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every uninitialised tensor is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """The folder of real pretrained models, one sub-folder each (LOFTQ_MODELS)."""

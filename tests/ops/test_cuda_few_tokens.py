@@ -39,3 +39,55 @@ def test_the_source_is_as_exact_as_the_dense_product(case, dtype, compiler, monk
     problem.check(y)
     y = few_tokens(problem.x, *problem.packed, *problem.adapter, launch=launch, overlap=False)
     problem.check(y, adapter=True)
+
+
+FORMATS = (
+    "nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f16", "nf2-channel-bf16", "snf3-g128", "int4",
+    "int3-g128-f16", "int2", "sint4-f16", "sint2-g128-bf16",
+)  # fmt: skip
+SHAPES = ((1, 64, 1), (4097, 320, 5), (640, 11008, 16), (128, 4096, 33), (65, 1152, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_product_is_as_exact_as_the_dense_one_and_the_same_each_time(name, poisoned):
+    for rows, columns, tokens in SHAPES:
+        for dtype in (torch.bfloat16, torch.float16):
+            problem = Problem(name, rows, columns, tokens, dtype, "cuda")
+            y = few_tokens(problem.x, *problem.packed)
+            problem.check(y)
+            assert torch.equal(y, few_tokens(problem.x, *problem.packed))
+            y = few_tokens(problem.x, *problem.packed, *problem.adapter)
+            problem.check(y, adapter=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [1, 64, 300])
+def test_any_rank(rank, poisoned):
+    problem = Problem("nf4", 130, 2112, 9, torch.bfloat16, "cuda", rank=rank)
+    problem.check(few_tokens(problem.x, *problem.packed, *problem.adapter), adapter=True)
+
+
+@pytest.mark.gpu
+def test_overlapping_launches_in_a_graph_give_the_same_bits():
+    """Each product reads the last one's output: a launch that read too early would differ."""
+    problem = Problem("nf4", 1024, 1024, 4, torch.bfloat16, "cuda", rank=64)
+
+    def chain(overlap):
+        x = problem.x
+        for step in range(40):
+            adapter = problem.adapter if step % 3 else ()
+            x = few_tokens(x, *problem.packed, *adapter, overlap=overlap)
+            x = x / x.abs().max() if step % 5 == 4 else x
+        return x
+
+    wanted = chain(False)
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(True)
+    for _ in range(3):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, wanted)

@@ -68,15 +68,6 @@ def test_the_product_is_as_exact_as_the_dense_one_interpreted(check):
     assert done.stdout.strip().endswith("exact"), done.stderr[-2000:]
 
 
-@pytest.fixture
-def poisoned():
-    """Every uninitialised tensor is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "dtype"),
