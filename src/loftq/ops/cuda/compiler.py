@@ -96,7 +96,11 @@ def _machine_code(
     header, named = (ctypes.c_char_p(t) for t in (_text(HEADER), HEADER.encode()))
     _ask(
         nvrtc.nvrtcCreateProgram(
-            ctypes.byref(program), _text(source), source.encode(), 1, ctypes.byref(header),
+            ctypes.byref(program),
+            _text(source),
+            source.encode(),
+            1,
+            ctypes.byref(header),
             ctypes.byref(named),
         )  # fmt: skip
     )

@@ -12,7 +12,7 @@ from loftq.ops.reference import dequantize_reference
 
 
 def why_wrong(device: torch.device) -> str:
-    """"" if the product is right for 4, 3 and 2 bits, else what came out."""
+    """ "" if the product is right for 4, 3 and 2 bits, else what came out."""
     generator = torch.Generator().manual_seed(0)
     x, A, B = (
         torch.randn(shape, generator=generator).to(device, torch.bfloat16)
