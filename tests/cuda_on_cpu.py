@@ -1,7 +1,7 @@
-"""Runs the CUDA sources of loftq.ops.cuda on the CPU: compiled by g++, one thread for each thread.
+"""Runs the CUDA sources of loftq.ops.cuda on the CPU, one thread of g++'s for each of the GPU's.
 
-Instructions that C++ has no word for are replaced (cuda_on_cpu_sources/instructions.cuh); indexing, decoding,
-the order of operands and the sums are the source's own.
+Instructions that C++ has no word for are replaced (cuda_on_cpu_sources/instructions.cuh); indexing,
+decoding, the order of operands and the sums are the source's own.
 """
 
 import ctypes

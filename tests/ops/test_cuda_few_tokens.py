@@ -32,7 +32,7 @@ def compiler(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_the_source_is_as_exact_as_the_dense_product(case, dtype, compiler, monkeypatch):
     monkeypatch.setattr(module, "kernel", compiler)
-    monkeypatch.setattr(module, "_room", lambda device: ROOM)
+    monkeypatch.setattr(module, "room", lambda device: ROOM)
     problem = Problem(*case, dtype, "cpu")
     launch = LAUNCHES[CASES.index(case) % len(LAUNCHES)]
     y = few_tokens(problem.x, *problem.packed, launch=launch, overlap=False)

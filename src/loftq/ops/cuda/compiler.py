@@ -8,15 +8,17 @@ into machine code for the GPU at hand, `libcuda` loads and launches it. What eit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import files as resources
+from typing import Any
 
 import torch
 
 HEADER = "instructions.cuh"
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
+MULTIPROCESSORS, MAX_SHARED_OPT_IN = 16, 97  # CUdevice_attribute
 OVERLAP = 6  # CUlaunchAttributeID: programmatic stream serialization
 
 
@@ -42,7 +44,7 @@ class Kernel:
         self,
         grid: tuple[int, int, int],
         threads: int,
-        arguments: Sequence[ctypes._SimpleCData | ctypes.Structure],
+        arguments: Sequence[Any],
         *,
         shared: int = 0,
         overlap: bool = False,
@@ -69,7 +71,19 @@ class Kernel:
         _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None))
 
 
-@lru_cache(maxsize=None)
+@cache
+def room(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a device, and bytes of shared memory that one block may have."""
+    found, handle, values = ctypes.c_int(), ctypes.c_int(), []
+    with torch.cuda.device(device):
+        _check(_driver().cuCtxGetDevice(ctypes.byref(handle)))
+    for attribute in (MULTIPROCESSORS, MAX_SHARED_OPT_IN):
+        _check(_driver().cuDeviceGetAttribute(ctypes.byref(found), attribute, handle))
+        values.append(found.value)
+    return values[0], values[1]
+
+
+@cache
 def kernel(
     source: str, name: str, definitions: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
@@ -86,24 +100,17 @@ def kernel(
     return Kernel(function, 48 * 1024)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _machine_code(
     source: str, definitions: tuple[tuple[str, int], ...], capability: tuple[int, int]
 ) -> bytes:
     options = ["--std=c++17", f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
     options += [f"-D{name}={value}" for name, value in definitions]
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    header, named = (ctypes.c_char_p(t) for t in (_text(HEADER), HEADER.encode()))
-    _ask(
-        nvrtc.nvrtcCreateProgram(
-            ctypes.byref(program),
-            _text(source),
-            source.encode(),
-            1,
-            ctypes.byref(header),
-            ctypes.byref(named),
-        )  # fmt: skip
-    )
+    header, named = ctypes.c_char_p(_text(HEADER)), ctypes.c_char_p(HEADER.encode())
+    included = (1, ctypes.byref(header), ctypes.byref(named))
+    file = (_text(source), source.encode())
+    _ask(nvrtc.nvrtcCreateProgram(ctypes.byref(program), *file, *included))
     try:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
@@ -118,7 +125,7 @@ def _text(name: str) -> bytes:
     return (resources("loftq.ops.cuda") / name).read_bytes()
 
 
-def _read(size_of, read, program: ctypes.c_void_p) -> bytes:  # type: ignore[no-untyped-def]
+def _read(size_of: Callable, read: Callable, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     _ask(size_of(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
@@ -126,12 +133,12 @@ def _read(size_of, read, program: ctypes.c_void_p) -> bytes:  # type: ignore[no-
     return buffer.raw
 
 
-@lru_cache(maxsize=None)
+@cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _nvrtc() -> ctypes.CDLL:
     """The library of PyTorch's CUDA version: loaded already, on the path, or in its wheel."""
     name = f"libnvrtc.so.{(torch.version.cuda or '0').split('.')[0]}"

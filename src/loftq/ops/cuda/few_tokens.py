@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loftq.ops.cuda.compiler import Kernel, kernel
+from loftq.ops.cuda.compiler import Kernel, kernel, room
 from loftq.ops.reference import SCALE_DTYPES, dynamic_map_on, view_bytes
 
 SOURCE = "few_tokens.cu"
@@ -136,7 +136,7 @@ def _share(
 ) -> tuple[int, int]:
     """Rows of a block and its bytes of shared memory: as many blocks as multiprocessors, or a
     multiple where the sums of all warps would not fit."""
-    blocks, room = _room(device)
+    blocks, room = room(device)
     fixed = (64 * 256 if bits == 3 else 65536) + 1024
     row_bytes = launch.warps * tokens * 4
     most = (room - fixed) // row_bytes
@@ -149,10 +149,3 @@ def _share(
 def _levels_on(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Levels in the 16-bit dtype of x."""
     return torch.tensor(levels, dtype=torch.float32).to(device, dtype)
-
-
-@lru_cache
-def _room(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that one block may have."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin

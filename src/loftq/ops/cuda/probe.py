@@ -21,10 +21,12 @@ def why_wrong(device: torch.device) -> str:
     scale = torch.rand(64, 2, generator=generator).view(torch.uint8).to(device)
     for bits in (4, 3, 2):
         packed = torch.randint(0, 256, (64, 16 * bits), generator=generator, dtype=torch.uint8)
-        layout = (bits, 64, "f32", torch.linspace(-1, 1, 2**bits).tolist(), 0.0)
-        stored = (packed.to(device), scale, None, None)
-        y = few_tokens(x, *stored, *layout, A, B, 0.5)
-        W = dequantize_reference(*stored, 128, *layout, torch.float32)
+        levels = torch.linspace(-1, 1, 2**bits).tolist()
+        packed = packed.to(device)
+        y = few_tokens(x, packed, scale, None, None, bits, 64, "f32", levels, 0.0, A, B, 0.5)
+        W = dequantize_reference(
+            packed, scale, None, None, 128, bits, 64, "f32", levels, 0.0, torch.float32
+        )
         wanted = x.float() @ W.T + 0.5 * (x.float() @ A.float().T) @ B.float().T
         error = ((y.float() - wanted).norm() / wanted.norm()).item()
         if not error < 0.02:  # bfloat16 rounds to 0.004
