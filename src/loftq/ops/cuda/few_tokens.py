@@ -136,10 +136,10 @@ def _share(
 ) -> tuple[int, int]:
     """Rows of a block and its bytes of shared memory: as many blocks as multiprocessors, or a
     multiple where the sums of all warps would not fit."""
-    blocks, room = room(device)
+    blocks, most_bytes = room(device)
     fixed = (64 * 256 if bits == 3 else 65536) + 1024
     row_bytes = launch.warps * tokens * 4
-    most = (room - fixed) // row_bytes
+    most = (most_bytes - fixed) // row_bytes
     waves = -(-rows // (blocks * most))
     share = -(-rows // (blocks * waves))
     return share, fixed + share * row_bytes
