@@ -37,7 +37,8 @@ class Compiler:
     def _build(self, source, definitions):
         folder = self.folder / str(len(self._built))
         shutil.copytree(HERE, folder)
-        shutil.copy(str(files("loftq.ops.cuda") / source), folder)
+        for name in (source, "decode.cuh"):
+            shutil.copy(str(files("loftq.ops.cuda") / name), folder)
         flags = [f"-D{key}={value}" for key, value in definitions]
         command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *flags]
         subprocess.run([*command, "entry.cc", "-o", "kernels.so"], cwd=folder, check=True)

@@ -8,7 +8,7 @@ into machine code for the GPU at hand, `libcuda` loads and launches it. What eit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from importlib.resources import files as resources
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-HEADER = "instructions.cuh"
+HEADERS = ("instructions.cuh", "decode.cuh")
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 MULTIPROCESSORS, MAX_SHARED_OPT_IN = 16, 97  # CUdevice_attribute
 OVERLAP = 6  # CUlaunchAttributeID: programmatic stream serialization
@@ -107,18 +107,22 @@ def _machine_code(
     options = ["--std=c++17", f"--gpu-architecture=sm_{capability[0]}{capability[1]}"]
     options += [f"-D{name}={value}" for name, value in definitions]
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    header, named = ctypes.c_char_p(_text(HEADER)), ctypes.c_char_p(HEADER.encode())
-    included = (1, ctypes.byref(header), ctypes.byref(named))
+    headers, names = _strings(map(_text, HEADERS)), _strings(name.encode() for name in HEADERS)
     file = (_text(source), source.encode())
-    _ask(nvrtc.nvrtcCreateProgram(ctypes.byref(program), *file, *included))
+    _ask(nvrtc.nvrtcCreateProgram(ctypes.byref(program), *file, len(HEADERS), headers, names))
     try:
-        encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        encoded = _strings(option.encode() for option in options)
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
             log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
             raise RuntimeError(f"{source}: {log.decode(errors='replace').strip()}")
         return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _strings(texts: Iterable[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    listed = list(texts)
+    return (ctypes.c_char_p * len(listed))(*listed)
 
 
 def _text(name: str) -> bytes:

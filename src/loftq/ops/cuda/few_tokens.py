@@ -18,14 +18,23 @@ SCALES = {"dq": 0, "f16": 1, "bf16": 2, "f32": 3}
 DOWN_COLUMNS = 1024  # of x A^T in one block of `down`
 
 
-class _Arguments(ctypes.Structure):
+class Weight(ctypes.Structure):
+    """decode.cuh's."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "x", "packed", "scale", "zero", "nested", "map", "levels", "ax", "b", "y")),
+            "packed", "scale", "zero", "nested", "map", "levels")),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "columns", "groups", "row_bytes", "zero_row_bytes", "rank", "share",
-            "slabs", "parts")),
+            "rows", "columns", "groups", "row_bytes", "zero_row_bytes")),
     )  # fmt: skip
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("weight", Weight),
+        *((name, ctypes.c_void_p) for name in ("x", "ax", "b", "y")),
+        *((name, ctypes.c_int) for name in ("tokens", "rank", "share", "slabs", "parts")),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +110,16 @@ def few_tokens(
                  ctypes.c_float(scaling)),
                 shared=4096, overlap=overlap,
             )  # fmt: skip
-        arguments = _Arguments(
+        weight = Weight(
             *(t.data_ptr() for t in (
-                x, packed, scales, packed if zero is None else zero,
+                packed, scales, packed if zero is None else zero,
                 packed if nested is None else nested, dynamic_map_on(x.device),
-                _levels_on(values, x.dtype, x.device), ax, x if lora_B is None else lora_B, y)),
-            tokens, rows, columns, scales.shape[-1], packed.shape[1],
-            0 if zero is None else zero.shape[1], rank, share, -(-share // launch.slab), parts,
+                _levels_on(values, x.dtype, x.device))),
+            rows, columns, scales.shape[-1], packed.shape[1], 0 if zero is None else zero.shape[1],
+        )  # fmt: skip
+        arguments = _Arguments(
+            weight, *(t.data_ptr() for t in (x, ax, x if lora_B is None else lora_B, y)),
+            tokens, rank, share, -(-share // launch.slab), parts,
         )  # fmt: skip
         run: Kernel = kernel(SOURCE, "few_tokens", definitions, x.device)
         grid = (-(-rows // share), -(-tokens // launch.tokens), 1)
