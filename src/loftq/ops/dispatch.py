@@ -64,10 +64,6 @@ def small_linear_kernel(
     """The few-token product from packed bytes where it applies, else None for dequantize + BLAS."""
     if why_no_small_linear(x, packed, bits, group_size):
         return None
-    if not why_no_cuda(packed.device):
-        from loftq.ops.cuda.few_tokens import few_tokens
-
-        return few_tokens
     from loftq.ops.triton.linear import small_linear
 
     return small_linear
@@ -86,29 +82,12 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
         return f"in_features={columns} is not a multiple of 64"
     if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed bytes are cast, strided or not aligned to 16 bytes"
-    return why_no_cuda(packed.device) and why_no_kernels(packed.device)
+    return why_no_kernels(packed.device)
 
 
 def why_no_kernels(device: torch.device) -> str:
-    """Reason that a device runs none or only some of the Triton kernels; "" if trials worked."""
+    """Reason that a device runs none or only some of the kernels; "" if a trial of each worked."""
     return why_no_triton(device) or _why_no_permute(device)
-
-
-@lru_cache
-def why_no_cuda(device: torch.device) -> str:
-    """Reason that the CUDA C++ product is not used here; "" if a trial came out right."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"weights are on {device.type}, CUDA C++ needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "matrix instructions for bfloat16 need compute capability 8.0"
-    from loftq.ops.cuda.probe import why_wrong
-
-    try:
-        return why_wrong(device)
-    except RuntimeError as error:  # NVRTC or the driver; out of memory says nothing about them
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"CUDA C++ is not compiled here: {_first_line(error)}"
 
 
 @lru_cache

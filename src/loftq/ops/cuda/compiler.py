@@ -2,7 +2,7 @@
 
 No toolkit and no build step: `libnvrtc` turns a source file of this package and its definitions
 into machine code for the GPU at hand, `libcuda` loads and launches it. What either refuses is a
-`RuntimeError` with its own words; dispatch.py turns that into a reason.
+`RuntimeError` with its own words.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Launch:
 
 
 def choose_launch(tokens: int) -> Launch:
-    """The fastest found on an H100 (docs/kernels.md); elsewhere untested, but right."""
+    """Chosen by registers and bytes on their way; not measured (benchmarks/ops/sweep_linear.py)."""
     if tokens <= 8:
         return Launch(warps=16, slab=32, tokens=8, ahead=2)
     if tokens <= 16:
