@@ -174,3 +174,37 @@ def test_compiled_without_graph_breaks():
     torch.testing.assert_close(grad, wanted)
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(x).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The products that asked for the path of inference, which rounds otherwise than training's."""
+    calls = []
+    monkeypatch.setattr("loftq.ops.schema.small_linear_kernel", lambda *_: calls.append(1))
+    return calls
+
+
+def test_a_checkpointed_forward_takes_the_path_of_training_both_times(asked):
+    """Reentrant checkpointing runs the first forward without gradients."""
+    from torch.utils.checkpoint import checkpoint
+
+    quant = layer()
+    x = torch.randn(5, 75, requires_grad=True)
+    checkpoint(quant, x, use_reentrant=True).sum().backward()
+    assert x.grad is not None
+    assert not asked
+
+
+def test_a_compiled_layer_takes_the_path_of_training_when_a_gradient_comes(asked):
+    quant = torch.compile(layer().eval(), backend="aot_eager", fullgraph=True)
+    quant(torch.randn(5, 75, requires_grad=True)).sum().backward()
+    assert not asked
+    with torch.no_grad():
+        quant(torch.randn(5, 75))
+    assert asked
+
+
+def test_inference_asks_for_its_own_path(asked):
+    quant = layer().eval()
+    quant(torch.randn(5, 75))
+    assert asked

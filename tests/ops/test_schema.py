@@ -40,7 +40,7 @@ def test_operators_pass_opcheck_on_the_few_token_path(name: str, device: torch.d
     layout = (spec.bits, spec.group_size, spec.scale_coding, spec.levels, spec.default_zero)
     x = torch.randn(3, 128, device=device, dtype=torch.bfloat16)
     adapter = (torch.randn(2, 128, device=device), torch.randn(24, 2, device=device), 0.5)
-    torch.library.opcheck(quant_linear, (x, *tensors, *layout))
+    torch.library.opcheck(quant_linear, (x, *tensors, *layout, True))
     torch.library.opcheck(quant_linear_lora, (x, *tensors, *layout, *adapter))
 
 

@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loftq.formats import parse_format
 from loftq.ops import quant_linear, quant_linear_lora
 from loftq.ops.dispatch import MOST_TOKENS, small_linear_kernel, why_no_small_linear
-from loftq.ops.reference import dequantize_reference
-from packed_folder import random_quantized
-from tolerances import KERNEL_ERROR_RATIO
+from packed_product import Problem
 
 PORTABLE = (
     ("nf4", 33, 256, 3), ("nf3", 17, 37, 1), ("nf2-g16-f16", 20, 63, 9), ("int4-g32", 33, 256, 3),
@@ -33,34 +30,6 @@ FAST = (
     "int4", "int3-g128-f16", "int2", "sint4-f16", "sint3", "sint2-g128-bf16",
 )  # fmt: skip
 SHAPES = ((1, 64, 1), (4097, 320, 5), (640, 11008, 31))  # rows, columns, tokens
-
-
-class Problem:
-    """One packed product with its adapter: the operator's arguments and a float64 answer."""
-
-    def __init__(self, name, rows, columns, tokens, dtype, device, rank=5):
-        spec, q = parse_format(name), random_quantized(rows, columns, name)
-        stored = (q.weight_packed, q.weight_scale, q.weight_zero, q.weight_nested)
-        layout = (spec.bits, spec.group_size, spec.scale_coding, spec.levels, spec.default_zero)
-        generator = torch.Generator().manual_seed(tokens)
-        shapes = ((tokens, columns), (rank, columns), (rows, rank))
-        drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-        self.x, self.lora_A, self.lora_B = (tensor.to(device) for tensor in drawn)
-        W = dequantize_reference(*stored, columns, *layout, torch.float32).to(device)
-        self.stored = [None if t is None else t.to(device) for t in stored]
-        self.packed = (*self.stored, *layout)
-        self.adapter = (self.lora_A, self.lora_B, 0.5)
-        self.exact = self.x.double() @ W.double().T
-        self.extra = 0.5 * (self.x.double() @ self.lora_A.double().T) @ self.lora_B.double().T
-        self.plain = self.x @ W.to(dtype).T
-
-    def check(self, y, adapter=False):
-        """At most twice the error of the dense product, which rounds W to x's dtype."""
-        exact = self.exact + self.extra if adapter else self.exact
-        low = 0.5 * (self.x @ self.lora_A.T) @ self.lora_B.T
-        plain = self.plain + low if adapter else self.plain
-        error = (y.double() - exact).norm()
-        assert error <= KERNEL_ERROR_RATIO * (plain.double() - exact).norm()
 
 
 def check_portable():
@@ -99,15 +68,6 @@ def test_the_product_is_as_exact_as_the_dense_one_interpreted(check):
     assert done.stdout.strip().endswith("exact"), done.stderr[-2000:]
 
 
-@pytest.fixture
-def poisoned():
-    """Every uninitialised tensor is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -115,13 +75,16 @@ def poisoned():
     + [(name, torch.float16) for name in ("nf4", "nf3", "int2")],
 )
 def test_fast_decode_is_as_exact_as_the_dense_product(name, dtype, poisoned):
+    from loftq.ops.triton.linear import small_linear
+
     for rows, columns, tokens in SHAPES:
         problem = Problem(name, rows, columns, tokens, dtype, "cuda")
         arguments = (problem.x, problem.stored[0], problem.packed[4], problem.packed[5])
         assert why_no_small_linear(*arguments) == ""
-        y = quant_linear(problem.x, *problem.packed)
+        y = small_linear(problem.x, *problem.packed)
         problem.check(y)
-        assert torch.equal(y, quant_linear(problem.x, *problem.packed))
+        assert torch.equal(y, small_linear(problem.x, *problem.packed))
+        problem.check(quant_linear(problem.x, *problem.packed, True))
     problem.check(quant_linear_lora(problem.x, *problem.packed, *problem.adapter), adapter=True)
 
 
@@ -144,15 +107,15 @@ def test_portable_decode_on_the_gpu(poisoned):
         problem.check(small_linear(problem.x, *problem.packed, portable=True))
 
 
-def test_the_operator_tells_the_dispatcher_of_a_gradient(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "loftq.ops.schema.small_linear_kernel", lambda x, *rest: seen.append(x.requires_grad)
-    )
+def test_only_the_callers_word_opens_the_few_token_path(monkeypatch):
+    asked = []
+    monkeypatch.setattr("loftq.ops.schema.small_linear_kernel", lambda *_: asked.append(1))
     problem = Problem("nf4", 8, 64, 2, torch.float32, "cpu")
-    quant_linear(problem.x, *problem.packed)
-    quant_linear(problem.x.clone().requires_grad_(), *problem.packed)
-    assert seen == [False, True]
+    with torch.no_grad():
+        quant_linear(problem.x, *problem.packed)
+    assert not asked
+    quant_linear(problem.x, *problem.packed, True)
+    assert asked
 
 
 def test_the_dispatcher_says_why_a_weight_is_dequantized():
@@ -161,7 +124,6 @@ def test_the_dispatcher_says_why_a_weight_is_dequantized():
     assert small_linear_kernel(x, packed, 4, 64) is None
     assert why_no_small_linear(x, packed, 4, 64) == "weights are on cpu, the kernels need a GPU"
     assert "torch.float32" in why_no_small_linear(x.float(), packed, 4, 64)
-    assert "a gradient" in why_no_small_linear(x.clone().requires_grad_(), packed, 4, 64)
     assert "groups of 32" in why_no_small_linear(x, packed, 4, 32)
     assert "8 bits" in why_no_small_linear(x, packed, 8, 64)
     assert "in_features=37" in why_no_small_linear(x[:, :37], packed, 4, 64)

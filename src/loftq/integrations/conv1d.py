@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq.formats import FormatSpec
-from loftq.nn.packed import PackedLayer, autocast, no_gradient
+from loftq.nn.packed import PackedLayer, autocast, no_gradient, no_gradient_comes
 from loftq.ops import quant_linear
 
 
@@ -66,7 +66,7 @@ class QuantConv1D(PackedLayer, Conv1D):
             )
         y = quant_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
-            *self.layout,
+            *self.layout, no_gradient_comes(self, x),
         )  # fmt: skip
         return y + self.bias.to(y.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.formats import FormatSpec, QuantizedTensor
-from loftq.nn.packed import PackedLayer, autocast, no_gradient
+from loftq.nn.packed import PackedLayer, autocast, no_gradient, no_gradient_comes
 from loftq.ops import quant_linear
 
 
@@ -78,6 +78,6 @@ class QuantLinear(PackedLayer, nn.Linear):
             )
         y = quant_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
-            *self.layout,
+            *self.layout, no_gradient_comes(self, x),
         )  # fmt: skip
         return y if self.bias is None else y + self.bias.to(y.dtype)

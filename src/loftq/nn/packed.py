@@ -183,6 +183,15 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def no_gradient_comes(module: nn.Module, x: Tensor) -> bool:
+    """Whether a product of x may take a path that only inference takes (ops.quant_linear).
+
+    Not in training mode: checkpointing may run the first forward without gradients and the second
+    with them, and both have to give the same values.
+    """
+    return not (module.training or (torch.is_grad_enabled() and x.requires_grad))
+
+
 def no_gradient(tensor: Tensor | None) -> Any:
     """A frozen Parameter of `tensor`, or None."""
     return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)

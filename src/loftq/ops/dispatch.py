@@ -72,8 +72,6 @@ def small_linear_kernel(
 def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -> str:
     """Reason that x (..., in_features) meets a dequantized weight in BLAS; "" if it does not."""
     tokens, columns = x.shape[:-1].numel(), x.shape[-1]
-    if x.requires_grad:
-        return "a gradient is asked for: forward and backward read one dequantized weight"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if not 0 < tokens <= MOST_TOKENS:

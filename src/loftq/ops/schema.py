@@ -82,14 +82,21 @@ def quant_linear(
     scale_coding: str,
     levels: Sequence[float],
     default_zero: float,
+    inference: bool = False,
 ) -> Tensor:
     """x @ W^T for a packed W: (..., in_features) -> (..., out_features) in x's dtype.
 
-    A few tokens without gradient meet the packed bytes (dispatch.why_no_small_linear says when);
+    With `inference` a few tokens meet the packed bytes (dispatch.why_no_small_linear says when);
     else the weight is dequantized to x's dtype, a large one by panels of rows (ops/panels.py). The
     gradient flows to x only, and backward dequantizes again instead of keeping the weight.
+
+    Args:
+        x: (..., in_features); the other tensors of W as in `dequantize`.
+        inference: no gradient is asked of this product, nor of the same one computed again: the two
+            paths differ in rounding. The caller's word, because a compiled or checkpointed forward
+            runs where `x.requires_grad` no longer tells.
     """
-    if run := small_linear_kernel(x, packed, bits, group_size):
+    if inference and (run := small_linear_kernel(x, packed, bits, group_size)):
         y = run(
             x.reshape(-1, x.shape[-1]), packed, scale, zero, nested, bits, group_size,
             scale_coding, levels, default_zero,
@@ -121,6 +128,7 @@ def _(
     scale_coding: str,
     levels: Sequence[float],
     default_zero: float,
+    inference: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
@@ -231,14 +239,14 @@ def _shape(weight: Packed) -> tuple[int, int]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero, nested, *layout = inputs
+    x, packed, scale, zero, nested, *layout, _inference = inputs
     ctx.save_for_backward(packed, scale, zero, nested)
     ctx.in_features, ctx.layout = x.shape[-1], layout
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = quant_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, *ctx.layout)
-    return grad_x, *[None] * 9
+    return grad_x, *[None] * 10
 
 
 quant_linear.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,109 @@
+"""Launch shapes of the few-token product, one against another: the data behind `choose_launch`.
+
+    python benchmarks/ops/sweep_linear.py [--bits 4 3 2] [--tokens 1 16 64] [--shapes 4096x4096 ...]
+        [--rank 64] [--seconds 120]
+
+Times as in bench_linear.py; `hot` is one weight over and over, from the L2 cache. A launch with a
+wrong result is reported and not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from bench_linear import Packed, copies, copy_bandwidth, graph_times, random_adapter, random_packed
+from torch import Tensor
+
+from loftq.ops import dequantize
+from loftq.ops.cuda.few_tokens import Launch, choose_launch, few_tokens
+from loftq.ops.triton.linear import small_linear
+
+
+def launches(tokens: int) -> Iterator[Launch]:
+    """The default first."""
+    yield choose_launch(tokens)
+    if tokens <= 8:
+        shapes = [(16, 32, 1), (16, 16, 2), (16, 16, 4), (8, 32, 2), (8, 32, 4), (8, 16, 4)]
+        yield from (Launch(warps=w, slab=r, tokens=8, ahead=a) for w, r, a in shapes)
+    elif tokens <= 16:
+        shapes = [(16, 16, 2), (8, 32, 2), (8, 16, 2), (8, 16, 4)]
+        yield from (Launch(warps=w, slab=r, tokens=16, ahead=a) for w, r, a in shapes)
+    else:
+        shapes = [(8, 16, 32, 2), (8, 16, 64, 1), (16, 32, 16, 1), (8, 16, 32, 1)]
+        yield from (Launch(warps=w, slab=r, tokens=t, ahead=a) for w, r, t, a in shapes)
+
+
+def error_ratio(y: Tensor, x: Tensor, exact: Tensor) -> float:
+    """Error of y against float64 over that of the dense bf16 product."""
+    wanted = x.double() @ exact.T
+    dense = (x @ exact.to(x.dtype).T).double()
+    return ((y.double() - wanted).norm() / (dense - wanted).norm()).item()
+
+
+def routes(tokens: int, rank: int, shape: tuple[int, int]) -> Iterator[tuple[str, object]]:
+    def cuda(launch: Launch, overlap: bool, adapter: tuple, x: Tensor, w: Packed) -> Tensor:
+        return few_tokens(x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap)
+
+    def triton(adapter: tuple, x: Tensor, w: Packed) -> Tensor:
+        return small_linear(x, *w.tensors, *w.layout, *adapter)
+
+    adapter = (*random_adapter(*shape, rank), 1.0)
+    yield "triton", partial(triton, ())
+    for launch in launches(tokens):
+        name = f"cuda w{launch.warps} s{launch.slab} t{launch.tokens} a{launch.ahead}"
+        yield name, partial(cuda, launch, True, ())
+        if launch == choose_launch(tokens):
+            yield f"{name} no overlap", partial(cuda, launch, False, ())
+            yield f"{name} r={rank}", partial(cuda, launch, True, adapter)
+    yield f"triton r={rank}", partial(triton, adapter)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120, help="start no row after this")
+    args = parser.parse_args()
+    started, peak = time.monotonic(), copy_bandwidth()
+    generator = torch.Generator("cuda").manual_seed(0)
+    print(f"copy {peak:.0f} GB/s")
+    print("| shape | bits | tokens | route | us | hot | GB/s | share | error |")
+    print("|---|--:|--:|---|--:|--:|--:|--:|--:|", flush=True)
+    for name in args.shapes:
+        shape = tuple(map(int, name.split("x")))
+        for bits in args.bits:
+            first = random_packed(shape, f"nf{bits}", generator)
+            count = copies(first.nbytes)
+            weights = [random_packed(shape, f"nf{bits}", generator) for _ in range(count)]
+            exact = dequantize(*first.tensors, shape[1], *first.layout, torch.float32).double()
+            for m in args.tokens:
+                x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
+                for route, run in routes(m, args.rank, shape):
+                    if time.monotonic() - started > args.seconds:
+                        print(f"stopped after {args.seconds:.0f} s")
+                        return
+                    try:
+                        error = 0.0 if "r=" in route else error_ratio(run(x, first), x, exact)
+                        right = error < 2
+                        times = [partial(run, x, w) for w in weights] if right else []
+                        us = graph_times(times)[0] if right else float("nan")
+                        hot = graph_times([partial(run, x, first)] * 40)[0] if right else us
+                    except RuntimeError as failure:
+                        print(f"| {name} | {bits} | {m} | {route} | {str(failure)[:200]} |")
+                        continue
+                    rate = first.nbytes / us / 1e3
+                    print(
+                        f"| {name} | {bits} | {m} | {route} | {us:.2f} | {hot:.2f} | {rate:.0f} | "
+                        f"{rate / peak:.0%} | {error:.2f} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

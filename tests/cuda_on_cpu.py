@@ -1,0 +1,45 @@
+"""Runs the CUDA sources of loftq.ops.cuda on the CPU, one thread of g++'s for each of the GPU's.
+
+Instructions that C++ has no word for are replaced (cuda_on_cpu_sources/instructions.cuh); indexing,
+decoding, the order of operands and the sums are the source's own.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+HERE = Path(__file__).parent / "cuda_on_cpu_sources"
+ROOM = (3, 200_000)
+"""Multiprocessors and shared memory of the machine that is played."""
+
+
+class Compiler:
+    """Stands in for `loftq.ops.cuda.compiler.kernel`; keeps what it builds under `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._built = folder, {}
+
+    def __call__(self, source, name, definitions, device):
+        if definitions not in self._built:
+            self._built[definitions] = self._build(source, definitions)
+        function = getattr(self._built[definitions], f"run_{name}")
+
+        def run(grid, threads, arguments, *, shared=0, overlap=False):
+            arguments = [
+                ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments
+            ]
+            function((ctypes.c_int * 3)(*grid), threads, *arguments)
+
+        return run
+
+    def _build(self, source, definitions):
+        folder = self.folder / str(len(self._built))
+        shutil.copytree(HERE, folder)
+        for name in (source, "decode.cuh"):
+            shutil.copy(str(files("loftq.ops.cuda") / name), folder)
+        flags = [f"-D{key}={value}" for key, value in definitions]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *flags]
+        subprocess.run([*command, "entry.cc", "-o", "kernels.so"], cwd=folder, check=True)
+        return ctypes.CDLL(str(folder / "kernels.so"))

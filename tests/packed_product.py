@@ -1,0 +1,36 @@
+"""A packed product with its adapter and a float64 answer, for every kernel that computes it."""
+
+import torch
+
+from loftq.formats import parse_format
+from loftq.ops.reference import dequantize_reference
+from packed_folder import random_quantized
+from tolerances import KERNEL_ERROR_RATIO
+
+
+class Problem:
+    """One packed product with its adapter: the operator's arguments and a float64 answer."""
+
+    def __init__(self, name, rows, columns, tokens, dtype, device, rank=5):
+        spec, q = parse_format(name), random_quantized(rows, columns, name)
+        stored = (q.weight_packed, q.weight_scale, q.weight_zero, q.weight_nested)
+        layout = (spec.bits, spec.group_size, spec.scale_coding, spec.levels, spec.default_zero)
+        generator = torch.Generator().manual_seed(tokens)
+        shapes = ((tokens, columns), (rank, columns), (rows, rank))
+        drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        self.x, self.lora_A, self.lora_B = (tensor.to(device) for tensor in drawn)
+        W = dequantize_reference(*stored, columns, *layout, torch.float32).to(device)
+        self.stored = [None if t is None else t.to(device) for t in stored]
+        self.packed = (*self.stored, *layout)
+        self.adapter = (self.lora_A, self.lora_B, 0.5)
+        self.exact = self.x.double() @ W.double().T
+        self.extra = 0.5 * (self.x.double() @ self.lora_A.double().T) @ self.lora_B.double().T
+        self.plain = self.x @ W.to(dtype).T
+
+    def check(self, y, adapter=False):
+        """At most twice the error of the dense product, which rounds W to x's dtype."""
+        exact = self.exact + self.extra if adapter else self.exact
+        low = 0.5 * (self.x @ self.lora_A.T) @ self.lora_B.T
+        plain = self.plain + low if adapter else self.plain
+        error = (y.double() - exact).norm()
+        assert error <= KERNEL_ERROR_RATIO * (plain.double() - exact).norm()
