@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loftq.formats import grid_of, round_trip_scales
+from loftq.ops import descend_columns
 from loftq.ops.reference import spread
 from loftq.rounding.damping import damped
 from loftq.rounding.gptq import BLOCK, Gptq
@@ -77,19 +78,15 @@ def descend(W: Tensor, gram: Tensor, rounded: Rounded) -> tuple[Rounded, Tensor]
     zeros = None if zeros is None else spread(zeros, columns, spec.group_size).expand(W.shape)
     codes, Q = rounded.codes.clone(), rounded.decode()
     G = (W - Q) @ H
+    levels, top = grid.codebook(W.device), grid.top
     for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        block, moved = G[..., start:stop].clone(), torch.zeros_like(G[..., start:stop])
-        for j in range(start, stop):
-            zero = None if zeros is None else zeros[..., j, None]
-            wanted = Q[..., j, None] + block[..., j - start, None] / H[:, j, j, None, None]
-            code = grid.encode(wanted, scales[..., j, None], zero)
-            value = grid.decode(code, scales[..., j, None], zero)
-            step = value - Q[..., j, None]
-            codes[..., j, None], Q[..., j, None] = code, value
-            moved[..., j - start, None] = step
-            block -= step * H[:, None, j, start:stop]
-        G -= moved @ H[:, start:stop]
+        at, after = slice(start, start + BLOCK), slice(start + BLOCK, columns)
+        zero = None if zeros is None else zeros[..., at]
+        codes[..., at], values = descend_columns(
+            Q[..., at], G[..., at], H[:, at, at], scales[..., at], zero, levels, top
+        )
+        G[..., after].baddbmm_(values - Q[..., at], H[:, at, after], alpha=-1)
+        Q[..., at] = values
     return Rounded(spec, codes, rounded.scales, rounded.zeros), Q
 
 
