@@ -76,9 +76,11 @@ class Gptq:
             self.order = diagonal.argsort(dim=-1, descending=True, stable=True)
             gram = columns_in(columns_in(gram, self.order).mT, self.order)
         lower, self.damping = damped_cholesky(gram.flip(-1, -2), damping, strict=strict)
+        self.upper = torch.empty(gram.shape, device=gram.device)
         eye = torch.eye(gram.shape[-1], dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-        self.upper = inverse.flip(-1, -2).float()
+        for upper, factor in zip(self.upper, lower, strict=True):  # float64 of one at a time
+            inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+            upper.copy_(inverse.flip(-1, -2))
 
     def __call__(self, W: Tensor) -> tuple[Rounded, Tensor]:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""

@@ -5,8 +5,8 @@ group g and zeros elsewhere. Its output error (w - q) H (w - q)^T is quadratic i
 
     M s = b,    M_gh = u_g H u_h^T,    b_g = u_g H w^T
 
-gives its minimum. Searching a scale group by group, as `fit` does, sees neither the other groups
-nor the correlations of the inputs.
+gives its minimum. Where all rows share one scale, their M and b are added. Searching a scale group
+by group, as `fit` does, sees neither the other groups nor the correlations of the inputs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loftq.formats import grid_of, round_trip_scales
+from loftq.ops.reference import PER_TENSOR
 from loftq.rounding.rtn import Rounded
 
 RIDGE = 1e-3  # pull towards the old scales, relative to the mean of diag M: few tokens overfit
 FAR = 3.0  # a scale that moves by more than this factor belongs to codes that say nothing of it
-ROWS = 1 << 9  # rows whose M is solved at once
+AT_ONCE = 1 << 24  # weights whose M are made at once, in float64
 
 
 def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RIDGE) -> Tensor:
@@ -33,31 +34,46 @@ def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RI
         ridge: relative to the mean of diag M of a row.
 
     Returns:
-        The new scales. One that would leave [old / FAR, FAR * old] stays as it was.
+        The new scales, one for each old one. One that would leave [old / FAR, FAR * old], or whose
+        M is singular, stays as it was.
     """
     spec, size = rounded.spec, max(rounded.spec.group_size, 0) or W.shape[-1]
     old = round_trip_scales(rounded.scales, spec.scale_coding)
     units = grid_of(spec).decode(rounded.codes, torch.ones_like(old), rounded.zeros)
     new = torch.empty_like(old)
     for i, H in enumerate(gram):
-        for start in range(0, W.shape[1], ROWS):
-            at = (i, slice(start, start + ROWS))
-            new[at] = _solve(W[at].double(), H, units[at].double(), old[at].double(), size, ridge)
-    far = (new < old / FAR) | (new > old * FAR)
-    return torch.where(far, old, new)
+        if spec.group_size == PER_TENSOR:
+            M, b = (x.sum(0, keepdim=True) for x in _equations(W[i], H, units[i], size))
+            new[i] = _solve(M, b, old[i].double(), ridge)
+            continue
+        for rows in range(0, W.shape[1], step := max(1, AT_ONCE // W.shape[-1])):
+            at = slice(rows, rows + step)
+            M, b = _equations(W[i, at], H, units[i, at], size)
+            new[i, at] = _solve(M, b, old[i, at].double(), ridge)
+    return torch.where((new >= old / FAR) & (new <= old * FAR), new, old)
 
 
-def _solve(w: Tensor, H: Tensor, units: Tensor, old: Tensor, size: int, ridge: float) -> Tensor:
-    """M s = b of some rows (rows, in_features), towards `old` (rows, groups)."""
+def _equations(w: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """M (rows, groups, groups), of which only the lower half is filled, and b (rows, groups)."""
+    short = -w.shape[-1] % size
+    w, units = pad(w.double(), (0, short)), pad(units.double(), (0, short))
+    H = pad(H, (0, short, 0, short)) if short else H
+    groups = w.shape[-1] // size
 
     def by_group(x: Tensor) -> Tensor:
-        return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+        return x.unflatten(-1, (-1, size)).sum(-1)
 
-    columns = range(0, w.shape[-1], size)
-    M = torch.stack(
-        [by_group((units[:, c : c + size] @ H[c : c + size]) * units) for c in columns], -2
-    )
-    b = by_group((w @ H) * units)
+    M = w.new_zeros(len(w), groups, groups)
+    for g in range(groups):
+        at, on = slice(g * size, (g + 1) * size), slice(g * size, None)
+        M[:, g:, g] = by_group((units[:, at] @ H[at, on]).mul_(units[:, on]))
+    return M, by_group((w @ H).mul_(units))
+
+
+def _solve(M: Tensor, b: Tensor, old: Tensor, ridge: float) -> Tensor:
+    """M s = b, pulled towards `old` (rows, groups); NaN where M has no Cholesky factor."""
     pull = ridge * M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
     M.diagonal(dim1=-2, dim2=-1).add_(pull)
-    return torch.linalg.solve(M, b + pull * old)
+    lower, info = torch.linalg.cholesky_ex(M)
+    found = torch.cholesky_solve((b + pull * old)[..., None], lower)[..., 0]
+    return torch.where((info == 0)[:, None], found, torch.nan)
