@@ -6,6 +6,8 @@ Only the base model runs, never a head: no logits are made.
 from __future__ import annotations
 
 import inspect
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from loftq.checkpoint import Checkpoint
 from loftq.integrations.discover import SourceError, build_model
 from loftq.integrations.structure import examine
 from loftq.integrations.tensor_names import find_tensors
+
+RUN_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class LoadedBlocks:
@@ -68,7 +72,8 @@ class CheckpointBlocks(LoadedBlocks):
     Args:
         folder: holds config.json.
         source: the weights.
-        device: where to run. On a CPU in float32, elsewhere in the dtype that is stored.
+        device: where to run. On a CPU in float32, elsewhere in the 16- or 32-bit dtype that most
+            of the weights are stored in: a checkpoint may keep its norms in another.
 
     Raises:
         SourceError: weights that transformers converts while loading, or a block without weights.
@@ -86,6 +91,7 @@ class CheckpointBlocks(LoadedBlocks):
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
+        self.dtype = torch.float32 if device.type == "cpu" else self._commonest_dtype()
         inside = tuple(f"{block}." for block in self.blocks)
         for name in self._parameters():
             if not name.startswith(inside) and self.anatomy.in_base(name):
@@ -117,7 +123,7 @@ class CheckpointBlocks(LoadedBlocks):
         found = self.names.sources.get(name) or self.names.sources.get(self._owner(name))
         if found is not None:
             weight = self.source.read(found).to(self.device)
-            holder._parameters[leaf] = _frozen(weight.float() if self._on_cpu else weight)
+            holder._parameters[leaf] = _frozen(weight.to(self.dtype))
         elif required:
             why = "is converted while loading" if name in self.names.converted else "is not there"
             raise SourceError(
@@ -126,11 +132,16 @@ class CheckpointBlocks(LoadedBlocks):
             )
         else:  # a part that the checkpoint leaves to be made anew, a pooler
             shape = holder.get_parameter(leaf).shape
-            holder._parameters[leaf] = _frozen(torch.zeros(shape, device=self.device))
+            zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            holder._parameters[leaf] = _frozen(zeros)
 
-    @property
-    def _on_cpu(self) -> bool:
-        return self._device.type == "cpu"
+    def _commonest_dtype(self) -> torch.dtype:
+        """Of the weights as they are stored; the wider one on a tie."""
+        stored: Counter[str] = Counter(dict.fromkeys(RUN_DTYPES, 0))
+        for found in self.names.sources.values():
+            entry = self.source.tensors[found]
+            stored[entry.dtype] += math.prod(entry.shape)
+        return RUN_DTYPES[max(RUN_DTYPES, key=lambda name: stored[name])]
 
     def _owner(self, name: str) -> str:
         """The parameter that a tied one shares its tensor with."""

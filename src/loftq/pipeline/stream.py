@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
+from loftq.ops.precision import full_float32
 from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.layout import LayerInfo
 from loftq.pipeline.plan import Batch, Plan, Source
@@ -51,6 +52,13 @@ def solved_batches(
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named.
     """
+    with full_float32():  # here, since it is a setting that all threads share
+        yield from _solved_batches(plan, batches, source, statistics)
+
+
+def _solved_batches(
+    plan: Plan, batches: Sequence[Batch], source: Source, statistics: Statistics | None
+) -> Iterator[Solved]:
     device = torch.device(plan.device)
     if device.type == "cpu":
         for batch in batches:
