@@ -22,7 +22,7 @@ from torch import Tensor
 from loftq.formats.codebooks import even_levels
 from loftq.formats.spec import FormatSpec
 from loftq.ops.columns import LEAST_SCALE
-from loftq.ops.dispatch import round_kernel, search_kernel
+from loftq.ops.dispatch import integer_search_kernel, round_kernel, search_kernel
 from loftq.ops.reference import PER_TENSOR
 
 FITS = ("absmax", "mse", "sigma")
@@ -299,13 +299,21 @@ class IntegerGrid(_GroupedGrid):
         zero = (-low / scale).round_()
         if rule == "absmax":
             return scale, zero
+        return self._search(x, scale, zero)
+
+    def _search(self, x: Tensor, widest: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """argmin over SEARCH * widest, and at 2 bits over two zeros, of the squared error."""
+        shifts = 2 if self.bits == 2 else 1
+        kernel = integer_search_kernel(x)
+        if kernel is not None:
+            ratios = _ratios(self.bits, x.device)
+            return kernel(x.contiguous(), widest, zero, ratios, top=self.top, shifts=shifts)
         best_error = None
-        best_scale, best_zero = scale, zero
+        best_scale, best_zero = widest, zero
         for ratio in SEARCH[self.bits]:
-            s = scale * ratio
-            z = (-low / scale).round()
-            for shift in (0, 1) if self.bits == 2 else (0,):
-                z = (z + shift).clamp_(0, self.top)
+            s = widest * ratio
+            for shift in range(shifts):
+                z = (zero + shift).clamp(0, self.top)
                 q = self._encode(x, s[:, None], z[:, None])
                 error = (x - self._decode(q, s[:, None], z[:, None])).square_().sum(-1)
                 if best_error is None:

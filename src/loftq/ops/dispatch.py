@@ -27,6 +27,15 @@ def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
     return search_scales
 
 
+def integer_search_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The Triton search of scale and zero where it applies to rows `x`, else None."""
+    if why_no_search_kernel(x):
+        return None
+    from loftq.ops.triton.scale_search import search_integer_scales
+
+    return search_integer_scales
+
+
 def why_no_search_kernel(x: Tensor) -> str:
     """Reason that the scale search of these rows runs in plain PyTorch; "" if it does not."""
     if why := why_no_triton(x.device):
