@@ -42,7 +42,7 @@ class Case:
         return default_fit(self.spec)
 
     def problem(self) -> LayerProblem:
-        n, out_features, in_features = self.W.shape
+        n, _, in_features = self.W.shape
         known = ProblemStatistics(
             mean_square=self.gram.diagonal(dim1=1, dim2=2).double(),
             largest_mean=self.gram.diagonal(dim1=1, dim2=2).double().sqrt(),

@@ -114,7 +114,7 @@ def test_layers_are_told_apart_by_whole_names() -> None:
 
 
 class Positions(Toy):
-    """Sends a table of relative positions through a projection after the tokens, as DeBERTa does."""
+    """Sends a table of relative positions through a projection after the tokens: DeBERTa."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__((0,))

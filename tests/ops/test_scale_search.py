@@ -52,9 +52,9 @@ def check(device):
 
 def integer_errors(x, spec, scales, zeros):
     """Squared error of each row under its scale and zero, in float64."""
-    codes = IntegerGrid(spec.bits, 0).encode(x[None], scales[None, :, None], zeros[None, :, None])[0]
-    values = (codes.double() - zeros[:, None].double()) * scales[:, None].double()
-    return (x.double() - values).square().sum(-1)
+    s, z = scales[None, :, None], zeros[None, :, None]
+    codes = IntegerGrid(spec.bits, 0).encode(x[None], s, z)
+    return (x.double() - (codes.double() - z) * s.double())[0].square().sum(-1)
 
 
 def check_integer(device, cases=INTEGER_CASES):

@@ -99,9 +99,7 @@ class StatisticsStore:
 
         return keep
 
-    def read(
-        self, layer: str, kind: str, device: torch.device | str = "cpu"
-    ) -> InputStatistics:
+    def read(self, layer: str, kind: str, device: torch.device | str = "cpu") -> InputStatistics:
         """Statistics of the inputs of a layer; `kind` diagonal leaves the Gram on the disk.
 
         Raises:

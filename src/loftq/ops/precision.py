@@ -16,7 +16,8 @@ def full_float32() -> Iterator[None]:
     `torch.set_float32_matmul_precision` is a setting of the whole process, made for training.
     Statistics, factorizations and the passing on of rounding errors would follow it silently.
     """
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends  # what is set here has no types
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [products.fp32_precision for products in settings]
     try:
         for products in settings:

@@ -2,8 +2,8 @@
 
 Computes, for each row x of (rows, columns), the ratio that minimises ||x - s * nearest(x / s)||^2
 with s = ratio * widest, over a few ratios; for integers with a zero z, the ratio and the z that
-minimise ||x - s * (clamp(round(x / s + z)) - z)||^2. Reads 4 bytes a weight once and writes 4 bytes a row;
-the plain PyTorch search moves some 40 bytes a weight for every ratio. About
+minimise ||x - s * (clamp(round(x / s + z)) - z)||^2. Reads 4 bytes a weight once and writes 4 or 8
+bytes a row; the plain PyTorch search moves some 40 bytes a weight for every ratio. About
 ratios * (2 * levels + 4) arithmetic operations a weight, so below 4 bits it is bound by memory.
 """
 
