@@ -95,7 +95,9 @@ class Accumulator:
         """
         tokens, dropped = int(self.tokens), int(self.dropped)
         if not tokens:
-            raise ValueError(f"no finite input among {dropped} tokens")
+            raise ValueError(
+                f"no finite input among {dropped} tokens. Run the model in float32 (a CPU does)."
+            )
         gram = None
         if self.products is not None:  # a float32 product is symmetric only up to rounding
             gram = (self.products / tokens).tril_()
@@ -103,7 +105,10 @@ class Accumulator:
         sums = [self.squares] if gram is None else [self.squares, gram]
         if not all(torch.isfinite(x).all() for x in sums):
             largest = self.largest.amax().item()
-            raise ValueError(f"squares of inputs around {largest:.3g} overflow float32")
+            raise ValueError(
+                f"squares of inputs around {largest:.3g} overflow float32. Leave the layer out with "
+                "skip, or choose a method that needs no data."
+            )
         return InputStatistics(
             mean_square=self.squares / tokens,
             largest_mean=self.largest,

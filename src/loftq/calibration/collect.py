@@ -248,7 +248,7 @@ class _Watch:
             try:
                 found[leader] = total.result()
             except ValueError as error:
-                raise ValueError(f"{leader}: {error}. Run the model in float32.") from error
+                raise ValueError(f"{leader}: {error}") from error
         for path in self.layers:
             if path not in self.leaders:
                 raise ValueError(

@@ -47,8 +47,9 @@ class DescentGptq:
         now, _ = self.gptq.draft(W)
         values = now.decode()
         best, kept, least = now, values, output_error(W - values, self.gram)
+        product = W.double() @ self.gram
         for _ in range(self.rounds):
-            scales = refit_scales(W, self.gram, now)
+            scales = refit_scales(W, self.gram, now, product=product)
             now = Rounded(now.spec, now.codes, scales, now.zeros)
             now, values = descend(W, self.gram, now)
             error = output_error(W - values, self.gram)

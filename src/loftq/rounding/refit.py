@@ -24,7 +24,14 @@ FAR = 3.0  # a scale that moves by more than this factor belongs to codes that s
 AT_ONCE = 1 << 24  # weights whose M are made at once, in float64
 
 
-def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RIDGE) -> Tensor:
+def refit_scales(
+    W: Tensor,
+    gram: Tensor,
+    rounded: Rounded,
+    *,
+    ridge: float = RIDGE,
+    product: Tensor | None = None,
+) -> Tensor:
     """Scales (n, out, groups) float32 that minimise tr((W - Q) H (W - Q)^T) at these codes.
 
     Args:
@@ -32,6 +39,7 @@ def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RI
         gram: H, damped, (n, in_features, in_features) float64.
         rounded: codes and zeros; its stored scales are where the ridge pulls to.
         ridge: relative to the mean of diag M of a row.
+        product: W H, float64, where it is known from an earlier refit.
 
     Returns:
         The new scales, one for each old one. One that would leave [old / FAR, FAR * old], or whose
@@ -41,33 +49,34 @@ def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RI
     old = round_trip_scales(rounded.scales, spec.scale_coding)
     units = grid_of(spec).decode(rounded.codes, torch.ones_like(old), rounded.zeros)
     new = torch.empty_like(old)
+    product = W.double() @ gram if product is None else product
     for i, H in enumerate(gram):
         if spec.group_size == PER_TENSOR:
-            M, b = (x.sum(0, keepdim=True) for x in _equations(W[i], H, units[i], size))
+            M, b = (x.sum(0, keepdim=True) for x in _equations(product[i], H, units[i], size))
             new[i] = _solve(M, b, old[i].double(), ridge)
             continue
         for rows in range(0, W.shape[1], step := max(1, AT_ONCE // W.shape[-1])):
             at = slice(rows, rows + step)
-            M, b = _equations(W[i, at], H, units[i, at], size)
+            M, b = _equations(product[i, at], H, units[i, at], size)
             new[i, at] = _solve(M, b, old[i, at].double(), ridge)
     return torch.where((new >= old / FAR) & (new <= old * FAR), new, old)
 
 
-def _equations(w: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _equations(wH: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """M (rows, groups, groups), of which only the lower half is filled, and b (rows, groups)."""
-    short = -w.shape[-1] % size
-    w, units = pad(w.double(), (0, short)), pad(units.double(), (0, short))
-    H = pad(H, (0, short, 0, short)) if short else H
-    groups = w.shape[-1] // size
+    units = units.double()
+    if short := -units.shape[-1] % size:
+        wH, units, H = pad(wH, (0, short)), pad(units, (0, short)), pad(H, (0, short, 0, short))
+    groups = units.shape[-1] // size
 
     def by_group(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, size)).sum(-1)
 
-    M = w.new_zeros(len(w), groups, groups)
+    M = units.new_zeros(len(units), groups, groups)
     for g in range(groups):
         at, on = slice(g * size, (g + 1) * size), slice(g * size, None)
         M[:, g:, g] = by_group((units[:, at] @ H[at, on]).mul_(units[:, on]))
-    return M, by_group((w @ H).mul_(units))
+    return M, by_group(wH * units)
 
 
 def _solve(M: Tensor, b: Tensor, old: Tensor, ridge: float) -> Tensor:
