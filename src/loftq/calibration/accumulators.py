@@ -96,7 +96,7 @@ class Accumulator:
         tokens, dropped = int(self.tokens), int(self.dropped)
         if not tokens:
             raise ValueError(
-                f"no finite input among {dropped} tokens. Run the model in float32 (a CPU does)."
+                f"no finite input among {dropped} tokens. Run the model in float32, as a CPU does."
             )
         gram = None
         if self.products is not None:  # a float32 product is symmetric only up to rounding
