@@ -106,8 +106,8 @@ class Accumulator:
         if not all(torch.isfinite(x).all() for x in sums):
             largest = self.largest.amax().item()
             raise ValueError(
-                f"squares of inputs around {largest:.3g} overflow float32. Leave the layer out with "
-                "skip, or choose a method that needs no data."
+                f"squares of inputs around {largest:.3g} overflow float32. Leave the layer out "
+                "with skip, or choose a method that needs no data."
             )
         return InputStatistics(
             mean_square=self.squares / tokens,
