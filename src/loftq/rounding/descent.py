@@ -35,7 +35,7 @@ class DescentGptq:
 
     def __init__(self, gptq: Gptq, gram: Tensor, *, rounds: int = 2) -> None:
         self.gptq, self.rounds = gptq, rounds
-        self.gram = damped(gram, gptq.damping)
+        self.gram = damped(gram, gptq.damping).float()
 
     @property
     def damping(self) -> Tensor:
@@ -46,18 +46,22 @@ class DescentGptq:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""
         now, _ = self.gptq.draft(W)
         values = now.decode()
-        best, kept, least = now, values, output_error(W - values, self.gram)
-        product = W.double() @ self.gram
+        best, kept, least = now, values, self._error(W - values)
+        product = W @ self.gram
         for _ in range(self.rounds):
             scales = refit_scales(W, self.gram, now, product=product)
             now = Rounded(now.spec, now.codes, scales, now.zeros)
             now, values = descend(W, self.gram, now)
-            error = output_error(W - values, self.gram)
+            error = self._error(W - values)
             better = error < least
             best = best.where(better, now)
             kept = torch.where(better[:, None, None], values, kept)
             least = torch.minimum(least, error)
         return best, kept
+
+    def _error(self, E: Tensor) -> Tensor:
+        """tr(E H E^T) of each residual, (n,) float64 summed of a float32 product: to compare."""
+        return ((E @ self.gram).mul_(E)).sum((1, 2), dtype=torch.float64)
 
 
 def descend(W: Tensor, gram: Tensor, rounded: Rounded) -> tuple[Rounded, Tensor]:

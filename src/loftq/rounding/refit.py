@@ -21,7 +21,7 @@ from loftq.rounding.rtn import Rounded
 
 RIDGE = 1e-3  # pull towards the old scales, relative to the mean of diag M: few tokens overfit
 FAR = 3.0  # a scale that moves by more than this factor belongs to codes that say nothing of it
-AT_ONCE = 1 << 24  # weights whose M are made at once, in float64
+AT_ONCE = 1 << 24  # weights whose M are made at once
 
 
 def refit_scales(
@@ -36,10 +36,11 @@ def refit_scales(
 
     Args:
         W: (n, out_features, in_features) float32.
-        gram: H, damped, (n, in_features, in_features) float64.
+        gram: H, damped, (n, in_features, in_features) float32 or float64; M and b are summed in its
+            dtype and solved in float64. The ridge is far above what float32 rounds.
         rounded: codes and zeros; its stored scales are where the ridge pulls to.
         ridge: relative to the mean of diag M of a row.
-        product: W H, float64, where it is known from an earlier refit.
+        product: W H in the same dtype, where it is known from an earlier refit.
 
     Returns:
         The new scales, one for each old one. One that would leave [old / FAR, FAR * old], or whose
@@ -49,7 +50,7 @@ def refit_scales(
     old = round_trip_scales(rounded.scales, spec.scale_coding)
     units = grid_of(spec).decode(rounded.codes, torch.ones_like(old), rounded.zeros)
     new = torch.empty_like(old)
-    product = W.double() @ gram if product is None else product
+    product = W.to(gram.dtype) @ gram if product is None else product
     for i, H in enumerate(gram):
         if spec.group_size == PER_TENSOR:
             M, b = (x.sum(0, keepdim=True) for x in _equations(product[i], H, units[i], size))
@@ -64,7 +65,7 @@ def refit_scales(
 
 def _equations(wH: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """M (rows, groups, groups), of which only the lower half is filled, and b (rows, groups)."""
-    units = units.double()
+    units = units.to(H.dtype)
     if short := -units.shape[-1] % size:
         wH, units, H = pad(wH, (0, short)), pad(units, (0, short)), pad(H, (0, short, 0, short))
     groups = units.shape[-1] // size
@@ -81,6 +82,7 @@ def _equations(wH: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor,
 
 def _solve(M: Tensor, b: Tensor, old: Tensor, ridge: float) -> Tensor:
     """M s = b, pulled towards `old` (rows, groups); NaN where M has no Cholesky factor."""
+    M, b = M.double(), b.double()
     pull = ridge * M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
     M.diagonal(dim1=-2, dim2=-1).add_(pull)
     lower, info = torch.linalg.cholesky_ex(M)
