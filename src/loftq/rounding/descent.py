@@ -46,22 +46,23 @@ class DescentGptq:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""
         now, _ = self.gptq.draft(W)
         values = now.decode()
-        best, kept, least = now, values, self._error(W - values)
-        product = W @ self.gram
+        pulled, least = self._judge(W - values)
+        best, kept = now, values
         for _ in range(self.rounds):
-            scales = refit_scales(W, self.gram, now, product=product)
+            scales = refit_scales(W, self.gram, now, pulled=pulled)
             now = Rounded(now.spec, now.codes, scales, now.zeros)
             now, values = descend(W, self.gram, now)
-            error = self._error(W - values)
+            pulled, error = self._judge(W - values)
             better = error < least
             best = best.where(better, now)
             kept = torch.where(better[:, None, None], values, kept)
             least = torch.minimum(least, error)
         return best, kept
 
-    def _error(self, E: Tensor) -> Tensor:
-        """tr(E H E^T) of each residual, (n,) float64 summed of a float32 product: to compare."""
-        return ((E @ self.gram).mul_(E)).sum((1, 2), dtype=torch.float64)
+    def _judge(self, E: Tensor) -> tuple[Tensor, Tensor]:
+        """E H float32, and tr(E H E^T) of each residual, (n,), summed in float64."""
+        pulled = E @ self.gram
+        return pulled, (pulled * E).sum((1, 2), dtype=torch.float64)
 
 
 def descend(W: Tensor, gram: Tensor, rounded: Rounded) -> tuple[Rounded, Tensor]:

@@ -5,8 +5,10 @@ group g and zeros elsewhere. Its output error (w - q) H (w - q)^T is quadratic i
 
     M s = b,    M_gh = u_g H u_h^T,    b_g = u_g H w^T
 
-gives its minimum. Where all rows share one scale, their M and b are added. Searching a scale group
-by group, as `fit` does, sees neither the other groups nor the correlations of the inputs.
+gives its minimum. What is solved is the step from the scales there are, M (s - s_old) = c with
+c_g = u_g H (w - q_old)^T, whose rounding is relative to the step and not to the scales. Where all
+rows share one scale, their M and c are added. Searching a scale group by group, as `fit` does, sees
+neither the other groups nor the correlations of the inputs.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ def refit_scales(
     rounded: Rounded,
     *,
     ridge: float = RIDGE,
-    product: Tensor | None = None,
+    pulled: Tensor | None = None,
 ) -> Tensor:
     """Scales (n, out, groups) float32 that minimise tr((W - Q) H (W - Q)^T) at these codes.
 
     Args:
         W: (n, out_features, in_features) float32.
-        gram: H, damped, (n, in_features, in_features) float32 or float64; M and b are summed in its
+        gram: H, damped, (n, in_features, in_features) float32 or float64; M and c are summed in its
             dtype and solved in float64. The ridge is far above what float32 rounds.
         rounded: codes and zeros; its stored scales are where the ridge pulls to.
         ridge: relative to the mean of diag M of a row.
-        product: W H in the same dtype, where it is known from an earlier refit.
+        pulled: (W - Q) H of the rounded weights in the same dtype, where it is known already.
 
     Returns:
         The new scales, one for each old one. One that would leave [old / FAR, FAR * old], or whose
@@ -50,24 +52,25 @@ def refit_scales(
     old = round_trip_scales(rounded.scales, spec.scale_coding)
     units = grid_of(spec).decode(rounded.codes, torch.ones_like(old), rounded.zeros)
     new = torch.empty_like(old)
-    product = W.to(gram.dtype) @ gram if product is None else product
+    if pulled is None:
+        pulled = (W - rounded.decode()).to(gram.dtype) @ gram
     for i, H in enumerate(gram):
         if spec.group_size == PER_TENSOR:
-            M, b = (x.sum(0, keepdim=True) for x in _equations(product[i], H, units[i], size))
-            new[i] = _solve(M, b, old[i].double(), ridge)
+            M, c = (x.sum(0, keepdim=True) for x in _equations(pulled[i], H, units[i], size))
+            new[i] = old[i] + _step(M, c, ridge)
             continue
         for rows in range(0, W.shape[1], step := max(1, AT_ONCE // W.shape[-1])):
             at = slice(rows, rows + step)
-            M, b = _equations(product[i, at], H, units[i, at], size)
-            new[i, at] = _solve(M, b, old[i, at].double(), ridge)
+            M, c = _equations(pulled[i, at], H, units[i, at], size)
+            new[i, at] = old[i, at] + _step(M, c, ridge)
     return torch.where((new >= old / FAR) & (new <= old * FAR), new, old)
 
 
-def _equations(wH: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """M (rows, groups, groups), of which only the lower half is filled, and b (rows, groups)."""
+def _equations(pulled: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """M (rows, groups, groups), of which only the lower half is filled, and c (rows, groups)."""
     units = units.to(H.dtype)
     if short := -units.shape[-1] % size:
-        wH, units, H = pad(wH, (0, short)), pad(units, (0, short)), pad(H, (0, short, 0, short))
+        pulled, units, H = pad(pulled, (0, short)), pad(units, (0, short)), pad(H, (0, short, 0, short))
     groups = units.shape[-1] // size
 
     def by_group(x: Tensor) -> Tensor:
@@ -77,14 +80,14 @@ def _equations(wH: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor,
     for g in range(groups):
         at, on = slice(g * size, (g + 1) * size), slice(g * size, None)
         M[:, g:, g] = by_group((units[:, at] @ H[at, on]).mul_(units[:, on]))
-    return M, by_group(wH * units)
+    return M, by_group(pulled * units)
 
 
-def _solve(M: Tensor, b: Tensor, old: Tensor, ridge: float) -> Tensor:
-    """M s = b, pulled towards `old` (rows, groups); NaN where M has no Cholesky factor."""
-    M, b = M.double(), b.double()
+def _step(M: Tensor, c: Tensor, ridge: float) -> Tensor:
+    """s - s_old (rows, groups), pulled towards 0; NaN where M has no Cholesky factor."""
+    M = M.double()
     pull = ridge * M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
     M.diagonal(dim1=-2, dim2=-1).add_(pull)
     lower, info = torch.linalg.cholesky_ex(M)
-    found = torch.cholesky_solve((b + pull * old)[..., None], lower)[..., 0]
-    return torch.where((info == 0)[:, None], found, torch.nan)
+    step = torch.cholesky_solve(c.double()[..., None], lower)[..., 0]
+    return torch.where((info == 0)[:, None], step, torch.nan)
