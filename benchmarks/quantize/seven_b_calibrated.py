@@ -6,9 +6,9 @@
 FOLDER/source is made first if missing: random bf16 weights (seven_b.py), a tokenizer of one token
 a word, and as much text of random words as the windows hold. The row is one `loftq.quantize`, as
 any caller would run it: `calibrate` is the time until the statistics of the last block are taken,
-`solve` that in which any batch was being solved, `rest` what reading, writing and hashing add.
---stop-after ends the run after K batches; the next call finds the folder, resumes, and its row
-counts what was left. What fills a solve is in calibrated_parts.py.
+`solve` that in which any batch was being solved; the rest is reading, writing and hashing.
+--stop-after ends the run after K batches; the next call resumes it, and its row counts what was
+left. What fills a solve is in calibrated_parts.py.
 """
 
 from __future__ import annotations
@@ -55,17 +55,14 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def measure(source: Path, output: Path, args: argparse.Namespace) -> dict[str, float]:
-    """One quantization; seconds, GB and errors."""
-    cuda = args.device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    """One quantization, or the part of it before --stop-after; seconds, GB and errors."""
+    row: dict[str, float] = {"calibrate": 0.0}
+    batches = 0
     start = time.perf_counter()
-    calibrated, peak, batches = start, 0.0, 0
 
     def on_block(path: str, done: int, total: int) -> None:
-        nonlocal calibrated, peak
-        calibrated = time.perf_counter()
-        peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+        row["calibrate"] = time.perf_counter() - start
+        row["GPU calibrating, GB"] = gpu_gigabytes(args.device)
 
     def on_batch(batch: object, records: object, known: bool) -> None:
         nonlocal batches
@@ -74,34 +71,36 @@ def measure(source: Path, output: Path, args: argparse.Namespace) -> dict[str, f
             raise Stopped
 
     with PeakMemory() as memory:
-        result = loftq.quantize(
-            source,
-            output,
-            method=args.method,
-            format=args.format,
-            rank=args.rank,
-            device=args.device,
-            data=str(args.folder / "calibration.txt"),
-            calibration_windows=args.windows,
-            calibration_context=args.context,
-            statistics=str(args.folder / "statistics"),
-            on_block=on_block,
-            on_batch=on_batch,
-        )
-    wall = time.perf_counter() - start
-    taken, solve = calibrated - start, result.timings["solve"]
-    records = result.records
-    return {
-        "wall": wall,
-        "calibrate": taken,
-        "solve": solve,
-        "rest": wall - taken - solve,
-        "GPU calibrating, GB": peak,
-        "GPU, GB": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
-        "anonymous, GB": (memory.peak - memory.start) / 1e9,
-        "output error": sum(r["output_error"] for r in records) / len(records),
-        "of rounding": sum(r["plain_output_error"] for r in records) / len(records),
-    }
+        try:
+            result = loftq.quantize(
+                source,
+                output,
+                method=args.method,
+                format=args.format,
+                rank=args.rank,
+                device=args.device,
+                data=str(args.folder / "calibration.txt"),
+                calibration_windows=args.windows,
+                calibration_context=args.context,
+                statistics=str(args.folder / "statistics"),
+                on_block=on_block,
+                on_batch=on_batch,
+            )
+        except Stopped:
+            result = None
+    row["wall"] = time.perf_counter() - start
+    row["GPU, GB"] = gpu_gigabytes(args.device)
+    row["anonymous, GB"] = (memory.peak - memory.start) / 1e9
+    if result is not None:
+        row["solve"] = result.timings["solve"]
+        for name in ("output_error", "plain_output_error"):
+            row[name] = sum(record[name] for record in result.records) / len(result.records)
+    return row
+
+
+def gpu_gigabytes(device: str) -> float:
+    """The most that the process took from the GPU so far, with what its allocator kept back."""
+    return torch.cuda.max_memory_reserved() / 1e9 if device.startswith("cuda") else 0.0
 
 
 def main() -> None:
@@ -123,17 +122,15 @@ def main() -> None:
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
     make_text(args.folder, args.windows * args.context)
-    try:
-        row = measure(source, output, args)
-    except Stopped:
-        print(f"stopped after {args.stop_after} batches", flush=True)
-        return
-    shutil.rmtree(output, ignore_errors=True)
+    row = measure(source, output, args)
+    part = f" up to {args.stop_after} batches" if args.stop_after else ""
     print(json.dumps({"method": args.method, "format": args.format, "blocks": args.blocks, **row}))
     print(f"| method | format | blocks | {' | '.join(row)} |")
     print("|---|---|--:|" + "--:|" * len(row))
     cells = " | ".join(f"{value:.3f}" for value in row.values())
-    print(f"| {args.method} | {args.format} | {args.blocks} | {cells} |")
+    print(f"| {args.method} | {args.format} | {args.blocks}{part} | {cells} |")
+    if not args.stop_after:
+        shutil.rmtree(output)
 
 
 if __name__ == "__main__":
