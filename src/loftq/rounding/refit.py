@@ -23,7 +23,8 @@ from loftq.rounding.rtn import Rounded
 
 RIDGE = 1e-3  # pull towards the old scales, relative to the mean of diag M: few tokens overfit
 FAR = 3.0  # a scale that moves by more than this factor belongs to codes that say nothing of it
-AT_ONCE = 1 << 24  # weights whose M are made at once
+WEIGHTS_AT_ONCE = 1 << 24  # whose M are made at once ...
+ELEMENTS_AT_ONCE = 1 << 26  # ... and elements of these
 
 
 def refit_scales(
@@ -59,11 +60,16 @@ def refit_scales(
             M, c = (x.sum(0, keepdim=True) for x in _equations(pulled[i], H, units[i], size))
             new[i] = old[i] + _step(M, c, ridge)
             continue
-        for rows in range(0, W.shape[1], step := max(1, AT_ONCE // W.shape[-1])):
+        for rows in range(0, W.shape[1], step := _rows_at_once(W.shape[-1], size)):
             at = slice(rows, rows + step)
             M, c = _equations(pulled[i, at], H, units[i, at], size)
             new[i, at] = old[i, at] + _step(M, c, ridge)
     return torch.where((new >= old / FAR) & (new <= old * FAR), new, old)
+
+
+def _rows_at_once(columns: int, size: int) -> int:
+    groups = -(-columns // size)
+    return max(1, min(WEIGHTS_AT_ONCE // columns, ELEMENTS_AT_ONCE // groups**2))
 
 
 def _equations(pulled: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
