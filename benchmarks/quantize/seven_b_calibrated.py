@@ -67,7 +67,7 @@ def measure(source: Path, output: Path, args: argparse.Namespace) -> dict[str, f
     def on_batch(batch: object, records: object, known: bool) -> None:
         nonlocal batches
         batches += not known
-        if batches == args.stop_after:
+        if args.stop_after and batches == args.stop_after:
             raise Stopped
 
     with PeakMemory() as memory:

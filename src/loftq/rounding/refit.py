@@ -76,7 +76,8 @@ def _equations(pulled: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Ten
     """M (rows, groups, groups), of which only the lower half is filled, and c (rows, groups)."""
     units = units.to(H.dtype)
     if short := -units.shape[-1] % size:
-        pulled, units, H = pad(pulled, (0, short)), pad(units, (0, short)), pad(H, (0, short, 0, short))
+        pulled, units = pad(pulled, (0, short)), pad(units, (0, short))
+        H = pad(H, (0, short, 0, short))
     groups = units.shape[-1] // size
 
     def by_group(x: Tensor) -> Tensor:
