@@ -20,7 +20,8 @@ from torch import Tensor
 from loftq.ops.columns import LEAST_SCALE
 from loftq.ops.triton.grid import nearest
 
-BLOCK_WEIGHTS = 1024  # of a tile: few rows for each program, so that one matrix fills a large GPU
+BLOCK_WEIGHTS = 512  # of a tile: few rows for each program, so that one matrix fills a large GPU
+WARPS = 1  # of a program: a column is then taken out by shuffles, without a barrier
 
 
 @triton.jit
@@ -148,5 +149,6 @@ def _launch(
             *inputs, scales, zeros, scales if levels is None else levels, *outputs,
             rows, width, LEAST_SCALE, float(top), *scales.stride(), *zeros.stride(),
             LEVELS=0 if levels is None else len(levels),
-            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, enable_fp_fusion=False,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
