@@ -8,8 +8,8 @@ Means are over tokens, without the factor 2 that GPTQ's code carries:
 
 Squares are summed in float64. A Gram is summed in float32 (never TF32 or less), and what its
 rounding leaves, about 1e-7 of the largest element, lies far below any damping. Products of float16
-and bfloat16 inputs are exact in float32, so a GPU forms them on its matrix units, ten times as
-fast. Layers that read the very same tensor share one accumulator. Nothing here makes a GPU wait.
+and bfloat16 inputs are exact in float32, so a GPU forms them on its matrix units. Layers that read
+the very same tensor share one accumulator. No sum makes a GPU wait for the host.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Computes `columns.round_columns_reference` and `columns.descend_columns_referenc
 program holds some rows of the block in registers, (BLOCK_ROWS, BLOCK_COLUMNS), and walks through
 its columns: take column j out of the tile, code it, and take what that did off the tile by one
 rank-1 update with row j of the factor, which all programs read from cache. Rows are independent.
-The walk is a chain of dependent steps: bound by their latency, about half a microsecond a column,
-where plain PyTorch starts some fifteen kernels for each.
+The walk is a chain of dependent steps, so it should be bound by their latency (not measured yet),
+where plain PyTorch starts some fifteen kernels for each column.
 """
 
 from __future__ import annotations
