@@ -125,6 +125,17 @@ def test_other_settings_are_refused_on_resume(source, tmp_path):
         loftq.quantize(source, tmp_path / "out", seed=1, **OPTIONS)
 
 
+def test_another_torch_or_gpu_is_refused_on_resume(source, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loftq.quantize(source, tmp_path / "out", on_batch=stop, **OPTIONS)
+    monkeypatch.setattr("loftq.pipeline.plan._machine", lambda device: "torch 9.9, Other GPU")
+    with pytest.raises(ValueError, match=r"machine.*torch 9\.9, Other GPU"):
+        loftq.quantize(source, tmp_path / "out", **OPTIONS)
+
+
 def test_overwrite_leaves_nothing_of_the_old_output(source, tmp_path):
     loftq.quantize(source, tmp_path / "out", max_shard_bytes=20_000, **OPTIONS)
     assert len(list((tmp_path / "out").glob("loftq-0*.safetensors"))) > 1

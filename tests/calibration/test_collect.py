@@ -111,3 +111,40 @@ def test_layers_are_told_apart_by_whole_names() -> None:
     layers = {"b.1.x": 1, "b.10.x": 2, "c.x": 3}
     assert layers_in("b.1", layers, ("b.1", "b.10")) == {"b.1.x": 1}
     assert layers_in(OUTSIDE, layers, ("b.1", "b.10")) == {"c.x": 3}
+
+
+class Positions(Toy):
+    """Sends a table of relative positions through a projection after the tokens: DeBERTa."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__((0,))
+        self.table = table
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        linear = self.module.blocks[0]
+
+        def attend(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            hook.remove()
+            linear[0](self.table)
+            return output
+
+        hook = linear[0].register_forward_hook(attend)
+        return linear(self.module.embed(ids))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (1, 4)])
+def test_a_table_of_positions_does_not_count_as_tokens(shape: tuple[int, int]) -> None:
+    """Not even one with a row for each token of a chunk: two windows of 4, and a last one of 4."""
+    found = run(Positions(1e3 * torch.ones(*shape, WIDTH)), ["blocks.0.0"])["blocks.0.0"]
+    plain = run(Toy((0,)), ["blocks.0.0"])["blocks.0.0"]
+    assert found.tokens == 20
+    assert torch.equal(found.gram, plain.gram)
+
+
+def test_tokens_in_one_list_count_too() -> None:
+    class Flat(Toy):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.module.blocks[0](self.module.embed(ids).flatten(0, 1))
+
+    found = run(Flat((0,)), ["blocks.0.0"])["blocks.0.0"]
+    assert torch.equal(found.gram, run(Toy((0,)), ["blocks.0.0"])["blocks.0.0"].gram)

@@ -101,3 +101,35 @@ def test_the_fingerprint_covers_weights_tokens_and_kind_of_device():
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("LOFTQ_CACHE", str(tmp_path))
     assert default_folder() == tmp_path / "statistics"
+
+
+def test_padding_does_not_count():
+    x = inputs(12).view(3, 4, -1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    total = Accumulator(x.shape[-1], "gram", torch.device("cpu"))
+    total.add(torch.where(mask[..., None], x, torch.nan), mask)
+    found, alone = total.result(), counted("gram", x[0], x[1, :2])
+    assert found.tokens == 6
+    assert found.dropped == 0
+    assert torch.allclose(found.gram, alone.gram)
+    assert torch.equal(found.largest_mean, alone.largest_mean)
+
+
+def test_inputs_whose_squares_overflow_are_an_error():
+    with pytest.raises(ValueError, match=r"squares of inputs around 1e\+20 overflow float32"):
+        counted("gram", torch.full((5, 3), 1e20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gram_on_the_gpu_is_that_of_the_inputs(dtype: torch.dtype):
+    x = torch.randn(4, 512, 384, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = Accumulator(384, "gram", torch.device("cuda"))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        total.add(x.cuda())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    double = x.double().flatten(0, 1)
+    wanted = double.T @ double / len(double)
+    assert (total.result().gram.cpu().double() - wanted).abs().max() < 2e-6 * wanted.abs().max()

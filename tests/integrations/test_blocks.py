@@ -125,3 +125,35 @@ def test_a_block_without_weights_is_refused_by_name(tmp_path: Path) -> None:
     blocks.names.sources.pop("model.layers.1.mlp.up_proj.weight")  # type: ignore[attr-defined]
     with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight: is not there"):
         gathered(blocks, {"model.layers.1.mlp.down_proj": zoo.ODD}, windows(False))
+
+
+def mixed(folder: Path) -> Path:
+    """A checkpoint of bfloat16 weights whose norms are float32."""
+    model = zoo.build("llama").bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    return zoo.save(model, folder)
+
+
+def test_a_checkpoint_of_two_dtypes_runs_in_the_commoner_one(tmp_path: Path) -> None:
+    folder = mixed(tmp_path / "mixed")
+    source = open_checkpoint(folder)
+    assert {entry.dtype for entry in source.tensors.values()} == {"BF16", "F32"}
+    blocks = CheckpointBlocks(folder, source, torch.device("cpu"))
+    assert blocks.dtype == torch.float32  # a CPU always does
+    assert blocks._commonest_dtype() == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_of_two_dtypes_runs_on_the_gpu(tmp_path: Path) -> None:
+    folder = mixed(tmp_path / "mixed")
+    layers, tokens = layers_of(folder), windows(False)
+    found, _ = gathered(
+        CheckpointBlocks(folder, open_checkpoint(folder), torch.device("cuda")), layers, tokens
+    )
+    wanted, _ = gathered(
+        CheckpointBlocks(folder, open_checkpoint(folder), torch.device("cpu")), layers, tokens
+    )
+    for path, one in wanted.items():
+        assert torch.allclose(found[path].gram.cpu(), one.gram, rtol=0.1, atol=0.1), path

@@ -163,3 +163,25 @@ def test_a_row_must_declare_what_its_parts_need():
         Method(name="mine", paper="", summary="", needs="diagonal", metric="gram")
     with pytest.raises(AssertionError, match="mine: magic is none of"):
         Method(name="mine", paper="", summary="", rounding="magic")
+
+
+def test_fast_takes_a_grid_with_one_scale_for_the_whole_tensor():
+    case = problem(known=statistics(), name="uniform2", fit="absmax")
+    solution = METHODS["fast"].solve(case)
+    for i, record in enumerate(solution.records):
+        assert record.output_error < record.plain_output_error
+        assert output_error(case, solution, i) == pytest.approx(record.output_error, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "format_name", ["nf2-g64-dq", "int2-g64-dq", "int3-g32-f16", "nf4-g64-f32"]
+)
+def test_fast_on_the_gpu_is_as_good_as_on_the_cpu(format_name):
+    case = problem(known=statistics(), name=format_name, fit="mse")
+    known = case.statistics
+    moved = {name: getattr(known, name).cuda() for name in ("mean_square", "largest_mean", "gram")}
+    there = replace(case, weights=case.weights.cuda(), statistics=replace(known, **moved))
+    here = [record.output_error for record in METHODS["fast"].solve(case).records]
+    found = [record.output_error for record in METHODS["fast"].solve(there).records]
+    assert found == pytest.approx(here, rel=0.02)  # other last bits choose other codes

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from loftq.formats import parse_format
-from loftq.formats.grids import SEARCH, CodebookGrid
+from loftq.formats.grids import SEARCH, CodebookGrid, IntegerGrid
 from loftq.ops.dispatch import search_kernel, why_no_search_kernel
 
 NAMES = ("nf2", "nf3", "nf4", "snf2", "iq4nl")
+INTEGER_CASES = [("int2", 37), ("int3", 64), ("int4", 16)]
 CASES = [(name, columns) for name in NAMES for columns in (16, 37, 64)]
 
 
@@ -49,9 +50,38 @@ def check(device):
         assert (error <= errors.amin(0) * (1 + 1e-5)).all(), name
 
 
-def test_kernel_chooses_the_best_ratio_interpreted():
+def integer_errors(x, spec, scales, zeros):
+    """Squared error of each row under its scale and zero, in float64."""
+    s, z = scales[None, :, None], zeros[None, :, None]
+    codes = IntegerGrid(spec.bits, 0).encode(x[None], s, z)
+    return (x.double() - (codes.double() - z) * s.double())[0].square().sum(-1)
+
+
+def check_integer(device, cases=INTEGER_CASES):
+    """Scale and zero are those of the plain search, or as good to rounding."""
+    from loftq.ops.triton.scale_search import search_integer_scales
+
+    for name, columns in cases:
+        spec = parse_format(name)
+        grid = IntegerGrid(spec.bits, 0)
+        x = torch.randn(61, columns, generator=torch.Generator().manual_seed(0))
+        x[0] = 0
+        x[1] += 3  # zero lies outside of the range
+        widest, zeros = grid._fit(x, "absmax")
+        wanted = integer_errors(x, spec, *grid._fit(x, "mse"))
+        found = search_integer_scales(
+            x.to(device), widest.to(device), zeros.to(device),
+            torch.tensor(SEARCH[spec.bits], device=device),
+            top=grid.top, shifts=2 if spec.bits == 2 else 1,
+        )  # fmt: skip
+        error = integer_errors(x, spec, *(part.cpu() for part in found))
+        assert (error <= wanted * (1 + 1e-5)).all(), (name, columns)
+
+
+@pytest.mark.parametrize("check", ["check", "check_integer"])
+def test_kernel_chooses_the_best_ratio_interpreted(check):
     pytest.importorskip("triton", reason="needs triton")
-    code = "import test_scale_search as t; t.check('cpu'); print('same')"
+    code = f"import test_scale_search as t; t.{check}('cpu'); print('same')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     paths = [str(Path(__file__).parent), *sys.path]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -64,6 +94,7 @@ def test_kernel_chooses_the_best_ratio_interpreted():
 @pytest.mark.gpu
 def test_kernel_chooses_the_best_ratio_on_the_gpu():
     check("cuda")
+    check_integer("cuda")
 
 
 @pytest.mark.parametrize("name", ["nf2", "nf4"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from loftq.formats import parse_format
-from loftq.formats.grids import TINY, grid_of
+from loftq.formats.grids import grid_of
+from loftq.ops.columns import LEAST_SCALE
 from loftq.ops.dispatch import dequantize_kernel, round_kernel, why_no_dequantize_kernel
 from loftq.ops.reference import dequantize_reference
 from loftq.rounding import round_to_nearest
@@ -59,14 +60,14 @@ def check_round(device, formats=FORMATS, shapes=SHAPES):
         scales, zeros = grid.fit(W, "absmax")
         scales = scales * 0.9  # so that some weights lie outside the grid
         scales[0, 0, 0] = 0
-        levels = grid._levels(W.device)
+        levels = grid.codebook(W.device)
         found = round_rows(
             W.view(-1, spec.group_size).to(device),
             scales.flatten().to(device),
             None if zeros is None else zeros.flatten().to(device),
             None if levels is None else levels.to(device),
             top=2**spec.bits - 1,
-            tiny=TINY,
+            tiny=LEAST_SCALE,
         )
         codes = grid.encode(W, scales, zeros)
         assert torch.equal(found[0].cpu().view(W.shape), codes), name

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loftq.rounding.damping import DampingError, damped, damped_cholesky
+from loftq.rounding.damping import BATCHED, DampingError, damped, damped_cholesky
 
 
 def low_rank_gram(n=3, columns=30, tokens=5):
@@ -38,3 +38,12 @@ def test_strict_raises_instead():
 def test_a_matrix_that_is_no_gram_is_refused():
     with pytest.raises(DampingError, match="1 of 1"):
         damped_cholesky(-torch.eye(3)[None], 0.01)
+
+
+def test_large_matrices_of_a_stack_are_factorized_one_by_one():
+    """A batched routine of a GPU is made for small ones; the factors are the same."""
+    H = low_rank_gram(n=3, columns=BATCHED + 10)
+    factors, used = damped_cholesky(H, 0.01)
+    assert used.tolist() == [0.01] * 3
+    assert torch.equal(factors, factors.tril())
+    assert torch.allclose(factors @ factors.mT, damped(H, used))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from loftq.formats import parse_format
-from loftq.rounding import Gptq, damped, refit_scales
+from loftq.rounding import Gptq, damped, output_error, refit_scales
 
 OUT, IN = 16, 150
 
@@ -50,3 +50,19 @@ def test_codes_that_say_nothing_keep_their_scale():
     fitted = refit_scales(W, damped(grams(1), 0.01), rounded)
     assert fitted[0, 3, 1] == pytest.approx(rounded.scales[0, 3, 1].item(), rel=1e-3)
     assert torch.isfinite(fitted).all()
+
+
+def test_one_scale_for_the_whole_tensor_is_refitted_too():
+    W, spec = weights(2), parse_format("uniform2")
+    H = damped(grams(), 0.01)
+    rounded, _ = Gptq(grams(), spec, fit="absmax", damping=0.01)(W)
+    fitted = refit_scales(W, H, rounded, ridge=0.0)
+    assert fitted.shape == rounded.scales.shape == (2, 1, 1)
+
+    def error(scales):
+        E = W - type(rounded)(spec, rounded.codes, scales, rounded.zeros).decode()
+        return output_error(E, H)
+
+    assert (error(fitted) < error(rounded.scales)).all()
+    for factor in (0.999, 1.001):
+        assert (error(fitted) < error(fitted * factor)).all()

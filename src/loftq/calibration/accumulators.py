@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a layer, summed token by token.
+"""Statistics of the inputs of a layer, summed over tokens.
 
 Means are over tokens, without the factor 2 that GPTQ's code carries:
 
@@ -6,19 +6,21 @@ Means are over tokens, without the factor 2 that GPTQ's code carries:
     largest mean   max_windows mean |x_i|   (in_features,) float64, which LQER weighs by
     gram           E[x x^T]                 (in_features, in_features) float32
 
-Squares are summed in float64. A Gram is summed in float32: each chunk is one float32 product (never
-TF32 or less), and what its rounding leaves, about 1e-7 of the largest element, lies far below any
-damping. Layers that read the very same tensor share one accumulator.
+Squares are summed in float64. A Gram is summed in float32 (never TF32 or less), and what its
+rounding leaves, about 1e-7 of the largest element, lies far below any damping. Products of float16
+and bfloat16 inputs are exact in float32, so a GPU forms them on its matrix units. Layers that read
+the very same tensor share one accumulator. No sum makes a GPU wait for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from loftq.ops.panels import add_product_
+from loftq.ops.precision import full_float32
 
 KINDS = ("none", "diagonal", "gram")
 """What a method may need, in rising order: whoever has a Gram has the diagonal."""
@@ -51,63 +53,66 @@ class Accumulator:
 
     def __init__(self, in_features: int, kind: str, device: torch.device) -> None:
         assert kind in KINDS[1:], kind
-        self.tokens = self.dropped = 0
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.dropped = torch.zeros_like(self.tokens)
         self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.largest = torch.zeros_like(self.squares)
         self.products: Tensor | None = None
         if kind == "gram":
             self.products = torch.zeros(in_features, in_features, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Count the tokens of one window, x (tokens, in_features) of any float dtype.
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Count the tokens of some windows.
 
         A token with a value that is not finite is left out whole and counted in `dropped`.
+
+        Args:
+            x: (windows, tokens, in_features), or (tokens, in_features) of one; any float dtype.
+            mask: bool (windows, tokens), false where a token is padding; None = all count.
         """
-        x = x.float()
-        finite = torch.isfinite(x).all(-1)
-        if not finite.all():
-            self.dropped += int((~finite).sum())
-            x = x[finite]
-        if not len(x):
-            return
-        self.tokens += len(x)
-        mean = x.abs().sum(0, dtype=torch.float64) / len(x)
-        self.largest = torch.maximum(self.largest, mean)
-        self.squares += x.square().sum(0, dtype=torch.float64)
+        x = x.reshape(-1, *x.shape[-2:])
+        counted = torch.isfinite(x).all(-1)  # (windows, tokens)
+        wanted = counted.numel() if mask is None else mask.sum()
+        counted = counted if mask is None else counted & mask
+        self.tokens += counted.sum()
+        self.dropped += wanted - counted.sum()
+        x = torch.where(counted[..., None], x, 0)  # tokens of zeros add nothing
+        mean = x.abs().sum(1, dtype=torch.float64) / counted.sum(1).clamp_min(1)[:, None]
+        self.largest = torch.maximum(self.largest, mean.amax(0))
+        rows = x.flatten(0, 1)
+        if not rows.is_cuda:  # how many are left is known without waiting
+            rows = rows[counted.flatten()]
+        self.squares += rows.float().square().sum(0, dtype=torch.float64)
         if self.products is not None:
-            with _full_float32(x.device):
-                self.products.addmm_(x.mT, x)
+            with full_float32():
+                add_product_(self.products, rows.mT, rows)
 
     def result(self) -> InputStatistics:
-        """The means, on the CPU.
+        """The means, on the device of the sums.
 
         Raises:
-            ValueError: no token was counted.
+            ValueError: no token was counted, or a sum is not finite.
         """
-        if not self.tokens:
-            raise ValueError(f"no finite input among {self.dropped} tokens")
+        tokens, dropped = int(self.tokens), int(self.dropped)
+        if not tokens:
+            raise ValueError(
+                f"no finite input among {dropped} tokens. Run the model in float32, as a CPU does."
+            )
         gram = None
         if self.products is not None:  # a float32 product is symmetric only up to rounding
-            lower = (self.products / self.tokens).cpu().tril()
-            gram = lower + lower.tril(-1).mT
+            gram = (self.products / tokens).tril_()
+            gram += gram.tril(-1).mT
+        sums = [self.squares] if gram is None else [self.squares, gram]
+        if not all(torch.isfinite(x).all() for x in sums):
+            largest = self.largest.amax().item()
+            raise ValueError(
+                f"squares of inputs around {largest:.3g} overflow float32. Leave the layer out "
+                "with skip, or choose a method that needs no data."
+            )
         return InputStatistics(
-            mean_square=(self.squares / self.tokens).cpu(),
-            largest_mean=self.largest.cpu(),
+            mean_square=self.squares / tokens,
+            largest_mean=self.largest,
             gram=gram,
-            tokens=self.tokens,
-            dropped=self.dropped,
+            tokens=tokens,
+            dropped=dropped,
         )
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32, whatever precision the process allows for its own."""
-    if device.type != "cuda":
-        yield
-        return
-    products = torch.backends.cuda.matmul
-    before, products.fp32_precision = products.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before

@@ -225,10 +225,12 @@ class _Watch:
         self.sums: dict[str, Accumulator] = {}
         self.mask = torch.empty(0)  # of the chunk that is run
         self._seen: list[_Seen] = []
+        self._counted: set[str] = set()
 
     def over(self, mask: Tensor) -> ExitStack:
         """Hooks for one chunk of windows, removed when the stack is left."""
         self.mask, self._seen = mask.to(self.model.device), []
+        self._counted.clear()
         stack = ExitStack()
         for path in self.layers:
             hook = self.model.module.get_submodule(path).register_forward_pre_hook(
@@ -246,7 +248,7 @@ class _Watch:
             try:
                 found[leader] = total.result()
             except ValueError as error:
-                raise ValueError(f"{leader}: {error}. Run the model in float32.") from error
+                raise ValueError(f"{leader}: {error}") from error
         for path in self.layers:
             if path not in self.leaders:
                 raise ValueError(
@@ -256,9 +258,15 @@ class _Watch:
         return found, dict(self.leaders)
 
     def _look(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Count what a layer reads, once in each passage: the tokens come first.
+
+        DeBERTa sends a table of relative positions through the same projections afterwards. It has
+        a batch of its own, and may have as many rows as there are tokens.
+        """
         x = args[0] if args else next(iter(kwargs.values()))
-        if x.shape[:-1].numel() != self.mask.numel():
-            return  # a table of relative positions that DeBERTa sends through its projections
+        if path in self._counted or not self._of_tokens(x):
+            return
+        self._counted.add(path)
         known = next((seen for seen in self._seen if seen.x is x), None)
         first = path not in self.leaders
         if known is None:
@@ -272,8 +280,11 @@ class _Watch:
             return
         if first:
             self.sums[path] = Accumulator(self.layers[path], self.kind, x.device)
-        for window, mask in zip(x.reshape(*self.mask.shape, -1), self.mask, strict=True):
-            self.sums[path].add(window if mask.all() else window[mask])
+        self.sums[path].add(x.reshape(*self.mask.shape, -1), self.mask)
+
+    def _of_tokens(self, x: Tensor) -> bool:
+        """Whether x holds one row for each token of the chunk, by windows or in one list."""
+        return x.shape[:-1] in (self.mask.shape, (self.mask.numel(),))
 
 
 def layers_in(block: str, layers: Mapping[str, int], blocks: Sequence[str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,23 @@ class StatisticsStore:
         self, block: str, statistics: Mapping[str, InputStatistics], leaders: Mapping[str, str]
     ) -> None:
         """Keep the statistics of a block, durably: its file is there whole or not at all."""
+        self.packed(block, statistics, leaders)()
+
+    def packed(
+        self, block: str, statistics: Mapping[str, InputStatistics], leaders: Mapping[str, str]
+    ) -> Callable[[], None]:
+        """`write` in two steps: all is brought to the CPU here, the call that is returned keeps it.
+
+        The second step may run in another thread, while a GPU takes the statistics of the next
+        block.
+        """
         tensors: dict[str, Tensor] = {}
         for leader, found in statistics.items():
-            tensors[f"{leader}.mean_square"] = found.mean_square.contiguous()
-            tensors[f"{leader}.largest_mean"] = found.largest_mean.contiguous()
+            tensors[f"{leader}.mean_square"] = found.mean_square.cpu().contiguous()
+            tensors[f"{leader}.largest_mean"] = found.largest_mean.cpu().contiguous()
             if found.gram is not None:
-                tensors[f"{leader}.gram"] = found.gram[_lower(len(found.gram))]
+                lower = _lower(len(found.gram), found.gram.device)
+                tensors[f"{leader}.gram"] = found.gram.masked_select(lower).cpu()
         grams = all(found.gram is not None for found in statistics.values())
         about = {
             "version": STORE_VERSION,
@@ -81,10 +92,14 @@ class StatisticsStore:
             "tokens": {leader: [s.tokens, s.dropped] for leader, s in statistics.items()},
         }
         path = self._path(block)
-        write_partial(path, save(tensors, {"loftq": json.dumps(about)}))
-        publish(path)
 
-    def read(self, layer: str, kind: str) -> InputStatistics:
+        def keep() -> None:
+            write_partial(path, save(tensors, {"loftq": json.dumps(about)}))
+            publish(path)
+
+        return keep
+
+    def read(self, layer: str, kind: str, device: torch.device | str = "cpu") -> InputStatistics:
         """Statistics of the inputs of a layer; `kind` diagonal leaves the Gram on the disk.
 
         Raises:
@@ -105,9 +120,9 @@ class StatisticsStore:
             largest_mean = file.get_tensor(f"{leader}.largest_mean")
             packed = file.get_tensor(f"{leader}.gram") if kind == "gram" else None
         return InputStatistics(
-            mean_square=mean_square,
-            largest_mean=largest_mean,
-            gram=None if packed is None else _unpacked(packed, len(mean_square)),
+            mean_square=mean_square.to(device),
+            largest_mean=largest_mean.to(device),
+            gram=None if packed is None else _unpacked(packed.to(device), len(mean_square)),
             tokens=tokens,
             dropped=dropped,
         )
@@ -128,12 +143,13 @@ def _about(path: Path) -> dict[str, Any]:
         return json.loads(file.metadata()["loftq"])
 
 
-def _lower(size: int) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool).tril()
+def _lower(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril_()
 
 
 def _unpacked(packed: Tensor, size: int) -> Tensor:
     """The symmetric matrix of a lower triangle."""
-    gram = torch.zeros(size, size, dtype=packed.dtype)
-    gram[_lower(size)] = packed
-    return gram + gram.tril(-1).mT
+    gram = torch.zeros(size, size, dtype=packed.dtype, device=packed.device)
+    gram.masked_scatter_(_lower(size, packed.device), packed)
+    gram += gram.tril(-1).mT
+    return gram

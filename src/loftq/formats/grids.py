@@ -21,12 +21,12 @@ from torch import Tensor
 
 from loftq.formats.codebooks import even_levels
 from loftq.formats.spec import FormatSpec
-from loftq.ops.dispatch import round_kernel, search_kernel
+from loftq.ops.columns import LEAST_SCALE
+from loftq.ops.dispatch import integer_search_kernel, round_kernel, search_kernel
 from loftq.ops.reference import PER_TENSOR
 
 FITS = ("absmax", "mse", "sigma")
 CHUNK = 1 << 18  # elements worked on at once on a CPU: a few buffers of this size stay in L2
-TINY = 1e-30
 SIGMA_ERROR = "scale_fit=sigma is for the grids `even` and `uniform`; use absmax or mse."
 BINS = 1 << 12  # of the lookup that replaces a binary search for the nearest level
 
@@ -54,6 +54,13 @@ def default_fit(spec: FormatSpec) -> str:
 
 class Grid(Protocol):
     """What a rounding method may know of a format."""
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+
+    def codebook(self, device: torch.device) -> Tensor | None:
+        """The levels (2^bits,) float32, ascending, or None where codes have zeros taken off."""
 
     def fit(self, W: Tensor, rule: str) -> tuple[Tensor, Tensor | None]:
         """(scales, zeros or None) of each group of W, before the scales are stored."""
@@ -107,6 +114,13 @@ class _GroupedGrid:
     def __init__(self, bits: int, group_size: int) -> None:
         self.bits, self.group_size = bits, group_size
 
+    @property
+    def top(self) -> int:
+        return 2**self.bits - 1
+
+    def codebook(self, device: torch.device) -> Tensor | None:
+        return None
+
     def fit(self, W: Tensor, rule: str) -> tuple[Tensor, Tensor | None]:
         parts = []
         for _, view in _views(W, self.group_size):
@@ -123,7 +137,7 @@ class _GroupedGrid:
             scale = scales[..., groups, None]
             zero = None if zeros is None else zeros[..., groups, None]
             for x, s, z, out in _chunks(view, scale, zero, target):
-                out.copy_(self._encode(x, torch.where(s == 0, TINY, s), z))
+                out.copy_(self._encode(x, torch.where(s == 0, LEAST_SCALE, s), z))
         return codes
 
     def decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -143,22 +157,18 @@ class _GroupedGrid:
         if kernel is None:
             codes = self.encode(W, scales, zeros)
             return codes, self.decode(codes, scales, zeros)
-        levels = self._levels(W.device)
+        levels = self.codebook(W.device)
         parts = []
         for groups, view in _views(W, self.group_size):
             rows = view.reshape(-1, view.shape[-1]).contiguous()
             scale = scales[..., groups].reshape(-1)
             zero = None if zeros is None else zeros[..., groups].reshape(-1)
-            found = kernel(rows, scale, zero, levels, top=2**self.bits - 1, tiny=TINY)
+            found = kernel(rows, scale, zero, levels, top=self.top, tiny=LEAST_SCALE)
             parts.append([part.view(view.shape).flatten(-2) for part in found])
         if len(parts) == 1:
             return parts[0][0], parts[0][1]
         codes, values = (torch.cat(column, -1) for column in zip(*parts, strict=True))
         return codes, values
-
-    def _levels(self, device: torch.device) -> Tensor | None:
-        """The codebook, ascending, or None where a code is its own value."""
-        return None
 
     def _fit(self, x: Tensor, rule: str) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -196,12 +206,12 @@ class CodebookGrid(_GroupedGrid):
                 raise ValueError(SIGMA_ERROR)
             return (x.mean(-1) + 2.5 * _std(x, -1),)
         low, high = -self.levels[0], self.levels[-1]
-        widest = torch.maximum(x.amax(-1) / high, -x.amin(-1) / low).clamp_min_(TINY)
+        widest = torch.maximum(x.amax(-1) / high, -x.amin(-1) / low).clamp_min_(LEAST_SCALE)
         if rule == "absmax":
             return (widest,)
         return (self._search(x, widest),)
 
-    def _levels(self, device: torch.device) -> Tensor | None:
+    def codebook(self, device: torch.device) -> Tensor | None:
         return _lookup(self.levels, device).levels
 
     def _search(self, x: Tensor, widest: Tensor) -> Tensor:
@@ -281,25 +291,29 @@ class IntegerGrid(_GroupedGrid):
     The range of a group is widened to hold zero, so that its zero is a code (GPTQ's convention).
     """
 
-    @property
-    def top(self) -> int:
-        return 2**self.bits - 1
-
     def _fit(self, x: Tensor, rule: str) -> tuple[Tensor, ...]:
         if rule == "sigma":
             raise ValueError(SIGMA_ERROR)
         low, high = x.amin(-1).clamp_max_(0), x.amax(-1).clamp_min_(0)
-        scale = ((high - low) / self.top).clamp_min_(TINY)
+        scale = ((high - low) / self.top).clamp_min_(LEAST_SCALE)
         zero = (-low / scale).round_()
         if rule == "absmax":
             return scale, zero
+        return self._search(x, scale, zero)
+
+    def _search(self, x: Tensor, widest: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """argmin over SEARCH * widest, and at 2 bits over two zeros, of the squared error."""
+        shifts = 2 if self.bits == 2 else 1
+        kernel = integer_search_kernel(x)
+        if kernel is not None:
+            ratios = _ratios(self.bits, x.device)
+            return kernel(x.contiguous(), widest, zero, ratios, top=self.top, shifts=shifts)
         best_error = None
-        best_scale, best_zero = scale, zero
+        best_scale, best_zero = widest, zero
         for ratio in SEARCH[self.bits]:
-            s = scale * ratio
-            z = (-low / scale).round()
-            for shift in (0, 1) if self.bits == 2 else (0,):
-                z = (z + shift).clamp_(0, self.top)
+            s = widest * ratio
+            for shift in range(shifts):
+                z = (zero + shift).clamp(0, self.top)
                 q = self._encode(x, s[:, None], z[:, None])
                 error = (x - self._decode(q, s[:, None], z[:, None])).square_().sum(-1)
                 if best_error is None:
@@ -329,6 +343,9 @@ class TensorUniformGrid:
     def __init__(self, bits: int) -> None:
         self.top = 2**bits - 1
 
+    def codebook(self, device: torch.device) -> Tensor | None:
+        return None
+
     def fit(self, W: Tensor, rule: str) -> tuple[Tensor, Tensor | None]:
         low, high = W.amin((-2, -1)), W.amax((-2, -1))
         if rule == "sigma":
@@ -336,7 +353,7 @@ class TensorUniformGrid:
             low, high = torch.maximum(low, mean - 2 * std), torch.minimum(high, mean + 2 * std)
         elif rule != "absmax":
             raise ValueError(f"scale_fit={rule} does not exist for `uniform`; use sigma or absmax.")
-        scale = ((high - low) / self.top).clamp_min_(TINY)
+        scale = ((high - low) / self.top).clamp_min_(LEAST_SCALE)
         return scale[:, None, None], (-low / scale)[:, None, None]
 
     def encode(self, W: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

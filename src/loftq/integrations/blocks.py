@@ -6,8 +6,12 @@ Only the base model runs, never a head: no logits are made.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +21,8 @@ from loftq.checkpoint import Checkpoint
 from loftq.integrations.discover import SourceError, build_model
 from loftq.integrations.structure import examine
 from loftq.integrations.tensor_names import find_tensors
+
+RUN_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class LoadedBlocks:
@@ -65,10 +71,13 @@ class LoadedBlocks:
 class CheckpointBlocks(LoadedBlocks):
     """A model on disk: one block at a time is read from the checkpoint onto the device.
 
+    Beside a GPU the next block is read into pinned memory while the current one runs.
+
     Args:
         folder: holds config.json.
         source: the weights.
-        device: where to run. On a CPU in float32, elsewhere in the dtype that is stored.
+        device: where to run. On a CPU in float32, elsewhere in the 16- or 32-bit dtype that most
+            of the weights are stored in: a checkpoint may keep its norms in another.
 
     Raises:
         SourceError: weights that transformers converts while loading, or a block without weights.
@@ -86,6 +95,9 @@ class CheckpointBlocks(LoadedBlocks):
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
+        self.dtype = torch.float32 if device.type == "cpu" else self._commonest_dtype()
         inside = tuple(f"{block}." for block in self.blocks)
         for name in self._parameters():
             if not name.startswith(inside) and self.anatomy.in_base(name):
@@ -98,8 +110,12 @@ class CheckpointBlocks(LoadedBlocks):
 
     def load(self, block: str) -> None:
         """Read the block's weights."""
+        ahead = self._ahead.pop(block, None)
+        there = {} if ahead is None else ahead.result()
         for name in self._parameters(f"{block}."):
-            self._place(name, required=True)
+            self._place(name, required=True, there=there)
+        if self.device.type == "cuda":
+            self._read_ahead(self.blocks.index(block) + 1)
 
     def drop(self, block: str) -> None:
         """Back to parameters without memory."""
@@ -108,16 +124,34 @@ class CheckpointBlocks(LoadedBlocks):
             empty = torch.empty_like(holder.get_parameter(leaf), device="meta")
             holder._parameters[leaf] = _frozen(empty)
 
+    def _read_ahead(self, following: int) -> None:
+        """Begin to read the block of this number, if there is one."""
+        if following == len(self.blocks):
+            return
+        block = self.blocks[following]
+        names = [self._stored(name) for name in self._parameters(f"{block}.")]
+        self._ahead[block] = self._reader.submit(
+            lambda: {name: self.source.read(name).pin_memory() for name in names if name}
+        )
+
+    def _stored(self, name: str) -> str | None:
+        """The tensor of the checkpoint that a parameter is read from."""
+        return self.names.sources.get(name) or self.names.sources.get(self._owner(name))
+
     def _parameters(self, prefix: str = "") -> Iterator[str]:
         named = list(self.module.named_parameters(remove_duplicate=False))
         return (name for name, _ in named if name.startswith(prefix))
 
-    def _place(self, name: str, *, required: bool) -> None:
+    def _place(
+        self, name: str, *, required: bool, there: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Put a parameter onto the device, from `there` (pinned, by stored name) or the file."""
         holder, leaf = self._holder(name)
-        found = self.names.sources.get(name) or self.names.sources.get(self._owner(name))
+        found = self._stored(name)
         if found is not None:
-            weight = self.source.read(found).to(self.device)
-            holder._parameters[leaf] = _frozen(weight.float() if self._on_cpu else weight)
+            weight = there[found] if found in there else self.source.read(found)
+            weight = weight.to(self.device, non_blocking=weight.is_pinned())
+            holder._parameters[leaf] = _frozen(weight.to(self.dtype))
         elif required:
             why = "is converted while loading" if name in self.names.converted else "is not there"
             raise SourceError(
@@ -126,11 +160,16 @@ class CheckpointBlocks(LoadedBlocks):
             )
         else:  # a part that the checkpoint leaves to be made anew, a pooler
             shape = holder.get_parameter(leaf).shape
-            holder._parameters[leaf] = _frozen(torch.zeros(shape, device=self.device))
+            zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            holder._parameters[leaf] = _frozen(zeros)
 
-    @property
-    def _on_cpu(self) -> bool:
-        return self._device.type == "cpu"
+    def _commonest_dtype(self) -> torch.dtype:
+        """Of the weights as they are stored; the wider one on a tie."""
+        stored: Counter[str] = Counter(dict.fromkeys(RUN_DTYPES, 0))
+        for found in self.names.sources.values():
+            entry = self.source.tensors[found]
+            stored[entry.dtype] += math.prod(entry.shape)
+        return RUN_DTYPES[max(RUN_DTYPES, key=lambda name: stored[name])]
 
     def _owner(self, name: str) -> str:
         """The parameter that a tied one shares its tensor with."""

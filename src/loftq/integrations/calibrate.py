@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loftq.calibration import (
     BlockModel,
@@ -19,10 +22,14 @@ from loftq.calibration import (
     stream_windows,
 )
 from loftq.integrations.structure import text_config
+from loftq.ops.precision import full_float32
 from loftq.pipeline.calibration import Calibration
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan
+
+TOKENS_AT_ONCE = 1 << 13
+TOKEN_BYTES = 1 << 20  # of a GPU for each token in flight: inputs of the widest layer, some times
 
 OnBlock = Callable[[str, int, int], object]
 """Called when the statistics of a block are taken: its path, blocks done, blocks in all."""
@@ -107,19 +114,35 @@ def take_statistics(
         return store
     model = open_model()
     done = 0
+    pending: Future[None] | None = None
 
     def known(block: str) -> bool:
         inside = layers_in(block, layers, model.blocks)
         return bool(inside) and store.has(block, inside, calibration.kind)
 
     def keep(block: str, statistics: Any, leaders: Any) -> None:
-        nonlocal done
+        nonlocal done, pending
         done += 1
-        store.write(block, statistics, leaders)
+        packed = store.packed(block, statistics, leaders)
+        if pending is not None:
+            pending.result()  # at most one block waits for the disk
+        pending = writer.submit(packed)
         on_block(block, done, len(model.blocks))
 
-    collect(model, layers, windows, calibration.kind, on_block=keep, skip=known)
+    chunk = windows_at_once(model.device, calibration.context)
+    with full_float32(), ThreadPoolExecutor(1, thread_name_prefix="statistics") as writer:
+        collect(model, layers, windows, calibration.kind, on_block=keep, skip=known, chunk=chunk)
+        if pending is not None:
+            pending.result()
     return store
+
+
+def windows_at_once(device: torch.device, context: int) -> int:
+    """Windows in one forward: a GPU is busy with TOKENS_AT_ONCE, a CPU with less."""
+    if device.type == "cpu":
+        return 4
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(TOKENS_AT_ONCE, free // TOKEN_BYTES) // context)
 
 
 def _warn_of_few_tokens(calibration: Calibration, layers: dict[str, int]) -> None:

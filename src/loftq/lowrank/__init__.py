@@ -2,6 +2,7 @@
 
 from loftq.lowrank.chebyshev import ChebyshevSolver
 from loftq.lowrank.metrics import CholeskyRoot, DiagonalRoot, EigenRoot, IdentityRoot, Metric, Root
+from loftq.lowrank.orthonormal import orthonormal
 from loftq.lowrank.solve import SOLVERS, ExactSolver, LowRank, Solver, best_correction, make_solver
 from loftq.lowrank.whitened import WhitenedSolver, evenly_split
 
@@ -21,4 +22,5 @@ __all__ = [
     "best_correction",
     "evenly_split",
     "make_solver",
+    "orthonormal",
 ]

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from loftq.lowrank.orthonormal import orthonormal
 from loftq.lowrank.solve import LowRank, balanced
 
 OVERSAMPLE = 64  # columns beyond the rank: they set the filter's lower edge
@@ -130,20 +131,8 @@ def _steepest(degree: int, growth: float) -> float:
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
-    """Orthonormal columns with the span of Y: CholeskyQR twice, its Gram matrices in float64.
-
-    Columns are normalized first; a column that is numerically dependent on the others is replaced
-    by jitter of 1e-12, which keeps the factorization defined for every finite Y. So nothing is
-    checked here, which would make a GPU wait for the host; of an infinite Y comes NaN. The small
-    factor is inverted, since a product with it is many times faster on a GPU than a solve of the
-    long columns, and the second round takes care of what that costs in accuracy.
-    """
-    Y = (Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(1e-30)).double()
-    eye = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
-    for _ in range(2):
-        lower, _ = torch.linalg.cholesky_ex(Y.mT @ Y + 1e-12 * eye)
-        Y = Y @ torch.linalg.solve_triangular(lower, eye, upper=False).mT
-    return Y.float()
+    """Orthonormal columns with the span of Y, float32."""
+    return orthonormal(Y)[0].float()
 
 
 def small_eigh(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loftq.lowrank.metrics import Metric
+from loftq.lowrank.orthonormal import orthonormal
 from loftq.lowrank.solve import LowRank, Solver
 
 
@@ -28,7 +29,7 @@ class WhitenedSolver:
     def solve(self, E: Tensor) -> LowRank:
         """Rank-r correction of each residual E (n, out_features, in_features) under the metric."""
         whitened = self.metric.apply(E).double()
-        V = torch.linalg.qr(self.inner.solve(whitened).A.mT.double()).Q
+        V, _ = orthonormal(self.inner.solve(whitened).A.mT.double())
         B = self.metric.output.unapply((whitened @ V).mT).mT
         return evenly_split(B, self.metric.input.unapply(V.mT))
 
@@ -43,8 +44,8 @@ def evenly_split(B: Tensor, A: Tensor) -> LowRank:
         B: (n, out_features, rank) float64.
         A: (n, rank, in_features) float64.
     """
-    left, upper = torch.linalg.qr(B)
-    right, other = torch.linalg.qr(A.mT)
+    left, upper = orthonormal(B)
+    right, other = orthonormal(A.mT)
     # The cores are rank x rank: LAPACK on the host is faster than a GPU there (chebyshev.py).
     U, S, Vt = (part.to(B.device) for part in torch.linalg.svd((upper @ other.mT).cpu()))
     root = S.sqrt()

@@ -14,6 +14,9 @@ from loftq.ops.reference import PER_TENSOR
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
 
+MOST_COLUMNS = 256
+"""Columns that a sweep over columns holds in registers: a row of the longest group."""
+
 
 def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """The Triton scale search where it applies to rows `x`, else None for plain PyTorch."""
@@ -22,6 +25,15 @@ def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
     from loftq.ops.triton.scale_search import search_scales
 
     return search_scales
+
+
+def integer_search_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The Triton search of scale and zero where it applies to rows `x`, else None."""
+    if why_no_search_kernel(x):
+        return None
+    from loftq.ops.triton.scale_search import search_integer_scales
+
+    return search_integer_scales
 
 
 def why_no_search_kernel(x: Tensor) -> str:
@@ -40,6 +52,31 @@ def round_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
     from loftq.ops.triton.round import round_rows
 
     return round_rows
+
+
+def round_columns_kernel(W: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """The Triton sweep of GPTQ over a block of columns where it applies, else None."""
+    if why_no_columns_kernel(W):
+        return None
+    from loftq.ops.triton.columns import round_columns
+
+    return round_columns
+
+
+def descend_columns_kernel(Q: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The Triton sweep of coordinate descent over a block of columns, else None."""
+    if why_no_columns_kernel(Q):
+        return None
+    from loftq.ops.triton.columns import descend_columns
+
+    return descend_columns
+
+
+def why_no_columns_kernel(block: Tensor) -> str:
+    """Reason that a block of columns is swept in plain PyTorch, column by column; "" if not."""
+    if block.shape[-1] > MOST_COLUMNS:
+        return f"a block of {block.shape[-1]} columns is too wide, the kernel holds {MOST_COLUMNS}"
+    return why_no_triton(block.device)
 
 
 def dequantize_kernel(packed: Tensor, group_size: int) -> Callable[..., Tensor] | None:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq.ops.dispatch import dequantize_kernel, small_linear_kernel
+from loftq.ops.columns import descend_columns_reference, round_columns_reference
+from loftq.ops.dispatch import (
+    dequantize_kernel,
+    descend_columns_kernel,
+    round_columns_kernel,
+    small_linear_kernel,
+)
 from loftq.ops.panels import Packed, add_product_, panel_rows, panels
 from loftq.ops.reference import dequantize_reference
 
@@ -250,3 +256,98 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 quant_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("loftq::round_columns", mutates_args=())
+def round_columns(
+    W: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    levels: Tensor | None,
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ inside of a block: each column is rounded, its error passed on to those after it.
+
+        e_j = (w_j - q(w_j)) / U_jj,     w_k <- w_k - e_j U_jk for k > j
+
+    Args:
+        W: the block, float32 (n, rows, width).
+        factor: its diagonal block of the upper factor U, float32 (n, width, width).
+        scales: as stored, float32, broadcastable to W.
+        zeros: likewise, of an integer grid; else None.
+        levels: codebook, float32 (2^bits,) ascending, or None for an integer grid.
+        top: largest code of an integer grid.
+
+    Returns:
+        (codes uint8, values q float32, errors e float32), each (n, rows, width).
+    """
+    _check_columns(W, factor, zeros, levels)
+    run = round_columns_kernel(W) or round_columns_reference
+    return run(W, factor, scales, zeros, levels, top)
+
+
+@round_columns.register_fake
+def _(
+    W: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    levels: Tensor | None,
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return W.new_empty(W.shape, dtype=torch.uint8), W.new_empty(W.shape), W.new_empty(W.shape)
+
+
+@torch.library.custom_op("loftq::descend_columns", mutates_args=())
+def descend_columns(
+    Q: Tensor,
+    G: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    levels: Tensor | None,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """Coordinate descent inside of a block: each column is chosen anew, all others as they stand.
+
+        q'_j = nearest(q_j + G_j / H_jj),     G <- G - (q'_j - q_j) H_j
+
+    Args:
+        Q: values of the block, float32 (n, rows, width).
+        G: its columns of (W - Q) H, float32 (n, rows, width).
+        gram: its diagonal block of H, float32 (n, width, width).
+        scales, zeros, levels, top: as in `round_columns`.
+
+    Returns:
+        (codes uint8, values q' float32), each (n, rows, width).
+    """
+    _check_columns(Q, gram, zeros, levels)
+    run = descend_columns_kernel(Q) or descend_columns_reference
+    return run(Q, G, gram, scales, zeros, levels, top)
+
+
+@descend_columns.register_fake
+def _(
+    Q: Tensor,
+    G: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    levels: Tensor | None,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    return Q.new_empty(Q.shape, dtype=torch.uint8), Q.new_empty(Q.shape)
+
+
+def _check_columns(
+    block: Tensor, square: Tensor, zeros: Tensor | None, levels: Tensor | None
+) -> None:
+    n, _, width = block.shape
+    if square.shape != (n, width, width) or block.dtype != torch.float32:
+        raise ValueError(
+            f"a block {tuple(block.shape)} of {block.dtype} meets a matrix {tuple(square.shape)}: "
+            f"expected float32 and {(n, width, width)}."
+        )
+    if (zeros is None) == (levels is None):
+        raise ValueError("a grid has either a codebook (levels) or zeros, and not both.")

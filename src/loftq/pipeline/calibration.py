@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from loftq.calibration import InputStatistics
 from loftq.methods import METHODS, ProblemStatistics
@@ -59,8 +58,8 @@ class CalibrationCost:
 class Statistics(Protocol):
     """Where statistics are read from; `calibration.StatisticsStore` is one."""
 
-    def read(self, layer: str, kind: str) -> InputStatistics:
-        """Of the inputs of one layer."""
+    def read(self, layer: str, kind: str, device: torch.device | str = "cpu") -> InputStatistics:
+        """Of the inputs of one layer, on a device."""
 
 
 def calibration_cost(
@@ -105,21 +104,12 @@ def read_statistics(
     statistics: Statistics, layers: Sequence[str], kind: str, device: torch.device
 ) -> ProblemStatistics:
     """The statistics of a batch as stacks on the device."""
-    found = [statistics.read(layer, kind) for layer in layers]
+    found = [statistics.read(layer, kind, device) for layer in layers]
     grams = [one.gram for one in found if one.gram is not None]
     return ProblemStatistics(
-        mean_square=_stack([one.mean_square for one in found], device),
-        largest_mean=_stack([one.largest_mean for one in found], device),
-        gram=_stack(grams, device) if grams else None,
+        mean_square=torch.stack([one.mean_square for one in found]),
+        largest_mean=torch.stack([one.largest_mean for one in found]),
+        gram=torch.stack(grams) if grams else None,
         tokens=tuple(one.tokens for one in found),
         dropped=tuple(one.dropped for one in found),
     )
-
-
-def _stack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One on the device at a time, so that the host holds one stack less."""
-    first = tensors[0]
-    stack = torch.empty(len(tensors), *first.shape, dtype=first.dtype, device=device)
-    for place, tensor in zip(stack, tensors, strict=True):
-        place.copy_(tensor)
-    return stack

@@ -148,6 +148,7 @@ class Plan:
             **{f"config.{k}": _plain(v) for k, v in self.config.to_dict().items()},
             "source": self.source_fingerprint,
             "device": self.device.split(":")[0],
+            "machine": _machine(self.device),
             "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
             "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
             "statistics": self.calibration.fingerprint if self.calibration else "",
@@ -434,6 +435,13 @@ def _batch_limit(device: str, gram: bool) -> int:
         return GPU_BATCH  # a plan for another machine
     memory = torch.cuda.get_device_properties(device).total_memory
     return min(GPU_BATCH, memory // (2 * SOLVED_AT_ONCE * WORKING_BYTES))
+
+
+def _machine(device: str) -> str:
+    """What decides the last bits of a result beside the inputs: torch, and the model of the GPU."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return f"torch {torch.__version__}"
+    return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
 
 
 def _plain(value: object) -> object:

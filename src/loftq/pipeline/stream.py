@@ -1,10 +1,10 @@
 """Batches of weights in, their solutions out, in the plan's order.
 
 On a GPU a few threads read and solve a batch each, on streams of their own: the copies and small
-eigenproblems that one batch needs of the host run while another keeps the device busy. Each thread
-computes alone: waking sixteen for a 128 x 128 eigenproblem takes four times as long as solving
-it. On a CPU batches would share the same cores, so they go one by one. The solutions are the same
-either way.
+eigenproblems that one batch needs of the host run while another keeps the device busy. Where one
+is solved at a time, as with Grams, the next is read meanwhile. Each thread computes alone: waking
+sixteen for a 128 x 128 eigenproblem takes four times as long as solving it. On a CPU batches would
+share the same cores, so they go one by one. The solutions are the same either way.
 Anonymous memory is bounded by the batches in flight, never by the model: the source is mapped.
 """
 
@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
+from loftq.ops.precision import full_float32
 from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.layout import LayerInfo
 from loftq.pipeline.plan import Batch, Plan, Source
 from loftq.pipeline.rounded import LARGEST, not_usable, round_layer
+
+Inputs = Callable[[], tuple[Tensor, ProblemStatistics | None]]
+"""Reads the weights of a batch and what is known of their inputs."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +56,45 @@ def solved_batches(
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named.
     """
+    with full_float32():  # here, since it is a setting that all threads share
+        yield from _solved_batches(plan, batches, source, statistics)
+
+
+def _solved_batches(
+    plan: Plan, batches: Sequence[Batch], source: Source, statistics: Statistics | None
+) -> Iterator[Solved]:
     device = torch.device(plan.device)
+
+    def read(batch: Batch) -> Inputs:
+        return partial(_read, plan, batch, source, device, statistics)
+
     if device.type == "cpu":
         for batch in batches:
-            yield _solved(plan, batch, source, device, statistics)
+            yield _solved(plan, batch, source, device, read(batch))
         return
     # torch loads its GPU linear algebra at the first call, and fails if threads race for it.
     torch.linalg.cholesky(torch.eye(1, device=device))
     waiting = iter(batches)
     ahead: deque[Future[Solved]] = deque()
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(plan.solved_at_once, "solve", _settle, (device,)) as pool:
+    with (
+        ThreadPoolExecutor(plan.solved_at_once, "solve", _settle, (device,)) as pool,
+        ThreadPoolExecutor(1, "read", _settle, (device,)) as reader,
+    ):
+
+        def begin(batch: Batch) -> Future[Solved]:
+            inputs = read(batch)
+            if plan.solved_at_once == 1:  # several read and solve in turn
+                inputs = reader.submit(inputs).result
+            return pool.submit(_solved, plan, batch, source, device, inputs)
+
         try:
             # One more than are solved at a time, so that no thread waits for the consumer.
-            for batch in islice(waiting, plan.solved_at_once + 1):
-                ahead.append(pool.submit(_solved, plan, batch, source, device, statistics))
+            ahead.extend(map(begin, islice(waiting, plan.solved_at_once + 1)))
             while ahead:
                 done = ahead.popleft().result()
                 if (following := next(waiting, None)) is not None:
-                    ahead.append(pool.submit(_solved, plan, following, source, device, statistics))
+                    ahead.append(begin(following))
                 yield done
         finally:
             pool.shutdown(cancel_futures=True)
@@ -117,34 +142,37 @@ def _settle(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def _solved(
-    plan: Plan,
-    batch: Batch,
-    source: Source,
-    device: torch.device,
-    statistics: Statistics | None,
-) -> Solved:
+def _solved(plan: Plan, batch: Batch, source: Source, device: torch.device, read: Inputs) -> Solved:
     begin = time.perf_counter()
     if batch.layers[0].rank:
-        weights = _load(batch, source, device)
+        weights, known = read()
         begin = time.perf_counter()
-        solution = solve_batch(plan, batch, weights, _known(plan, batch, device, statistics))
+        solution = solve_batch(plan, batch, weights, known)
     else:
         solution = round_layer(plan, batch.layers[0], source, device)
-    if device.type == "cuda":
-        # Whoever takes the solution does so from another stream.
-        torch.cuda.current_stream(device).synchronize()
+    _wait(device)  # whoever takes the solution does so from another stream
     return Solved(batch, solution, begin, time.perf_counter())
 
 
-def _known(
-    plan: Plan, batch: Batch, device: torch.device, statistics: Statistics | None
-) -> ProblemStatistics | None:
-    if plan.calibration is None:
-        return None
-    assert statistics is not None, "a plan with a calibration is run with its statistics"
-    names = [layer.info.module for layer in batch.layers]
-    return read_statistics(statistics, names, plan.calibration.kind, device)
+def _read(
+    plan: Plan, batch: Batch, source: Source, device: torch.device, statistics: Statistics | None
+) -> tuple[Tensor, ProblemStatistics | None]:
+    """Weights and statistics of a batch, on the device; of none that is only rounded."""
+    if not batch.layers[0].rank:
+        return torch.empty(0), None
+    weights, known = _load(batch, source, device), None
+    if plan.calibration is not None:
+        assert statistics is not None, "a plan with a calibration is run with its statistics"
+        names = [layer.info.module for layer in batch.layers]
+        known = read_statistics(statistics, names, plan.calibration.kind, device)
+    _wait(device)  # another thread may solve it, on a stream of its own
+    return weights, known
+
+
+def _wait(device: torch.device) -> None:
+    """Until all that this thread has started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LEAST_DAMPING = 1e-6  # first value tried where none was asked for and none does not do
+BATCHED = 256  # largest matrices of a stack that are factorized together
 MOST_DAMPING = 1.0  # beyond it the diagonal outweighs what was measured
 
 
@@ -47,7 +48,7 @@ def damped_cholesky(H: Tensor, damping: float, *, strict: bool = False) -> tuple
         DampingError: strict, or not positive definite even with MOST_DAMPING.
     """
     used = torch.full((len(H),), float(damping), dtype=torch.float64, device=H.device)
-    factors, info = torch.linalg.cholesky_ex(damped(H, used))
+    factors, info = cholesky(damped(H, used))
     while (bad := info != 0).any():
         if strict or (used[bad] >= MOST_DAMPING).any():
             raise DampingError(
@@ -56,5 +57,15 @@ def damped_cholesky(H: Tensor, damping: float, *, strict: bool = False) -> tuple
                 "damping (strict=false raises it by itself and records that)."
             )
         used[bad] = (10 * used[bad]).clamp(LEAST_DAMPING, MOST_DAMPING)
-        factors[bad], info[bad] = torch.linalg.cholesky_ex(damped(H[bad], used[bad]))
+        factors[bad], info[bad] = cholesky(damped(H[bad], used[bad]))
     return factors, used
+
+
+def cholesky(H: Tensor) -> tuple[Tensor, Tensor]:
+    """(lower factors, info) of a stack; a GPU's batched routine is made for small matrices only."""
+    if len(H) == 1 or H.shape[-1] <= BATCHED:
+        return torch.linalg.cholesky_ex(H)
+    factors, info = torch.empty_like(H), torch.empty(len(H), dtype=torch.int32, device=H.device)
+    for one, factor, failed in zip(H, factors, info, strict=True):
+        torch.linalg.cholesky_ex(one, out=(factor, failed))
+    return factors, info

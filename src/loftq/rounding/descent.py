@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loftq.formats import grid_of, round_trip_scales
+from loftq.ops import descend_columns
 from loftq.ops.reference import spread
 from loftq.rounding.damping import damped
 from loftq.rounding.gptq import BLOCK, Gptq
@@ -34,7 +35,7 @@ class DescentGptq:
 
     def __init__(self, gptq: Gptq, gram: Tensor, *, rounds: int = 2) -> None:
         self.gptq, self.rounds = gptq, rounds
-        self.gram = damped(gram, gptq.damping)
+        self.gram = damped(gram, gptq.damping).float()
 
     @property
     def damping(self) -> Tensor:
@@ -45,17 +46,23 @@ class DescentGptq:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""
         now, _ = self.gptq.draft(W)
         values = now.decode()
-        best, kept, least = now, values, output_error(W - values, self.gram)
+        pulled, least = self._judge(W - values)
+        best, kept = now, values
         for _ in range(self.rounds):
-            scales = refit_scales(W, self.gram, now)
+            scales = refit_scales(W, self.gram, now, pulled=pulled)
             now = Rounded(now.spec, now.codes, scales, now.zeros)
             now, values = descend(W, self.gram, now)
-            error = output_error(W - values, self.gram)
+            pulled, error = self._judge(W - values)
             better = error < least
             best = best.where(better, now)
             kept = torch.where(better[:, None, None], values, kept)
             least = torch.minimum(least, error)
         return best, kept
+
+    def _judge(self, E: Tensor) -> tuple[Tensor, Tensor]:
+        """E H float32, and tr(E H E^T) of each residual, (n,), summed in float64."""
+        pulled = E @ self.gram
+        return pulled, (pulled * E).sum((1, 2), dtype=torch.float64)
 
 
 def descend(W: Tensor, gram: Tensor, rounded: Rounded) -> tuple[Rounded, Tensor]:
@@ -77,19 +84,15 @@ def descend(W: Tensor, gram: Tensor, rounded: Rounded) -> tuple[Rounded, Tensor]
     zeros = None if zeros is None else spread(zeros, columns, spec.group_size).expand(W.shape)
     codes, Q = rounded.codes.clone(), rounded.decode()
     G = (W - Q) @ H
+    levels, top = grid.codebook(W.device), grid.top
     for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        block, moved = G[..., start:stop].clone(), torch.zeros_like(G[..., start:stop])
-        for j in range(start, stop):
-            zero = None if zeros is None else zeros[..., j, None]
-            wanted = Q[..., j, None] + block[..., j - start, None] / H[:, j, j, None, None]
-            code = grid.encode(wanted, scales[..., j, None], zero)
-            value = grid.decode(code, scales[..., j, None], zero)
-            step = value - Q[..., j, None]
-            codes[..., j, None], Q[..., j, None] = code, value
-            moved[..., j - start, None] = step
-            block -= step * H[:, None, j, start:stop]
-        G -= moved @ H[:, start:stop]
+        at, after = slice(start, start + BLOCK), slice(start + BLOCK, columns)
+        zero = None if zeros is None else zeros[..., at]
+        codes[..., at], values = descend_columns(
+            Q[..., at], G[..., at], H[:, at, at], scales[..., at], zero, levels, top
+        )
+        G[..., after].baddbmm_(values - Q[..., at], H[:, at, after], alpha=-1)
+        Q[..., at] = values
     return Rounded(spec, codes, rounded.scales, rounded.zeros), Q
 
 

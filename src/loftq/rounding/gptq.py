@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from loftq.formats import FormatSpec, Grid, grid_of, round_trip_scales
+from loftq.ops import round_columns
 from loftq.ops.reference import spread
 from loftq.rounding.damping import damped_cholesky
 from loftq.rounding.rtn import Rounded
 
-BLOCK = 128  # columns between two updates of everything to their right, where groups are no guide
+BLOCK = 128  # columns between two updates of everything to their right, under given scales
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ class Gptq:
             self.order = diagonal.argsort(dim=-1, descending=True, stable=True)
             gram = columns_in(columns_in(gram, self.order).mT, self.order)
         lower, self.damping = damped_cholesky(gram.flip(-1, -2), damping, strict=strict)
+        self.upper = torch.empty(gram.shape, device=gram.device)
         eye = torch.eye(gram.shape[-1], dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-        self.upper = inverse.flip(-1, -2).float()
+        for upper, factor in zip(self.upper, lower, strict=True):  # float64 of one at a time
+            inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+            upper.copy_(inverse.flip(-1, -2))
 
     def __call__(self, W: Tensor) -> tuple[Rounded, Tensor]:
         """Round a stack (n, out_features, in_features) float32; returns it with its values."""
@@ -106,24 +109,17 @@ class Gptq:
         return Rounded(self.spec, codes, scales.fitted, scales.zeros), values
 
     def _sweep(self, W: Tensor, turn: _Turn) -> tuple[Tensor, Tensor]:
-        """(codes, values) of W, column by column."""
+        """(codes, values) of W: within a block column by column, then one product for the rest."""
         rest = W.clone() if self.order is None else columns_in(W, self.order)
         codes, values = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
-        width = self.spec.group_size if self.spec.group_size > 0 else BLOCK
-        for start in range(0, W.shape[-1], width):
-            stop = min(start + width, W.shape[-1])
-            block = rest[..., start:stop].clone()
-            errors = torch.empty_like(block)
-            for j in range(start, stop):
-                scale, zero = turn.scale_of(j, block[..., j - start :])
-                w = block[..., j - start, None]
-                code = self.grid.encode(w, scale, zero)
-                value = self.grid.decode(code, scale, zero)
-                error = (w - value) / self.upper[:, j, j, None, None]
-                block[..., j - start :] -= error * self.upper[:, None, j, j:stop]
-                codes[..., j, None], values[..., j, None] = code, value
-                errors[..., j - start, None] = error
-            rest[..., stop:] -= errors @ self.upper[:, start:stop, stop:]
+        levels, top = self.grid.codebook(W.device), self.grid.top
+        for start in range(0, W.shape[-1], turn.width):
+            at = slice(start, start + turn.width)
+            scales, zeros = turn.scales_of(at, rest[..., at])
+            codes[..., at], values[..., at], errors = round_columns(
+                rest[..., at], self.upper[:, at, at], scales, zeros, levels, top
+            )
+            rest[..., at.stop :].baddbmm_(errors, self.upper[:, at, at.stop :], alpha=-1)
         if self.order is not None:
             back = self.order.argsort(-1)
             return columns_in(codes, back), columns_in(values, back)
@@ -133,12 +129,17 @@ class Gptq:
 class _Turn(Protocol):
     """Scales of the columns as their turn comes."""
 
-    def scale_of(self, j: int, rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero (n, out, 1) of the j-th column to round; `rest` begins with it."""
+    width: int
+    """Columns that are rounded between two updates of everything to their right."""
+
+    def scales_of(self, at: slice, block: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stored scales and zeros, broadcastable to the block, of the columns `at`."""
 
 
 class _Given:
     """Scales known beforehand, spread over the columns in the order of rounding."""
+
+    width = BLOCK
 
     def __init__(
         self, spec: FormatSpec, scales: Scales, in_features: int, order: Tensor | None
@@ -151,33 +152,29 @@ class _Given:
         self.scales = arranged(scales.stored)
         self.zeros = None if scales.zeros is None else arranged(scales.zeros)
 
-    def scale_of(self, j: int, rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        zero = None if self.zeros is None else self.zeros[..., j, None]
-        return self.scales[..., j, None], zero
+    def scales_of(self, at: slice, block: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.scales[..., at], None if self.zeros is None else self.zeros[..., at]
 
 
 class _Fitted:
     """Scales fitted to each group when its first column is to be rounded."""
 
     def __init__(self, spec: FormatSpec, grid: Grid, fit: str) -> None:
-        self.spec, self.grid, self.fit = spec, grid, fit
+        self.spec, self.grid, self.fit, self.width = spec, grid, fit, spec.group_size
         self.scales: list[Tensor] = []
-        self.zeros: list[Tensor | None] = []
-        self.stored = torch.empty(0)
+        self.zeros: list[Tensor] = []
 
-    def scale_of(self, j: int, rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        if j % self.spec.group_size == 0:
-            scale, zero = self.grid.fit(rest, self.fit)
-            self.scales.append(scale)
+    def scales_of(self, at: slice, block: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero = self.grid.fit(block, self.fit)
+        self.scales.append(scale)
+        if zero is not None:
             self.zeros.append(zero)
-            coding = self.spec.scale_coding
-            self.stored = scale if coding == "dq" else round_trip_scales(scale, coding)
-        return self.stored, self.zeros[-1]
+        coding = self.spec.scale_coding
+        return scale if coding == "dq" else round_trip_scales(scale, coding), zero
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros (n, out, groups) of all groups."""
-        zeros = [zero for zero in self.zeros if zero is not None]
-        return torch.cat(self.scales, -1), torch.cat(zeros, -1) if zeros else None
+        return torch.cat(self.scales, -1), torch.cat(self.zeros, -1) if self.zeros else None
 
 
 def columns_in(X: Tensor, order: Tensor) -> Tensor:

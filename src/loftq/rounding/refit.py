@@ -5,8 +5,10 @@ group g and zeros elsewhere. Its output error (w - q) H (w - q)^T is quadratic i
 
     M s = b,    M_gh = u_g H u_h^T,    b_g = u_g H w^T
 
-gives its minimum. Searching a scale group by group, as `fit` does, sees neither the other groups
-nor the correlations of the inputs.
+gives its minimum. What is solved is the step from the scales there are, M (s - s_old) = c with
+c_g = u_g H (w - q_old)^T, whose rounding is relative to the step and not to the scales. Where all
+rows share one scale, their M and c are added. Searching a scale group by group, as `fit` does, sees
+neither the other groups nor the correlations of the inputs.
 """
 
 from __future__ import annotations
@@ -16,48 +18,83 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loftq.formats import grid_of, round_trip_scales
+from loftq.ops.reference import PER_TENSOR
 from loftq.rounding.rtn import Rounded
 
 RIDGE = 1e-3  # pull towards the old scales, relative to the mean of diag M: few tokens overfit
 FAR = 3.0  # a scale that moves by more than this factor belongs to codes that say nothing of it
-ROWS = 1 << 9  # rows whose M is solved at once
+WEIGHTS_AT_ONCE = 1 << 24  # whose M are made at once ...
+ELEMENTS_AT_ONCE = 1 << 26  # ... and elements of these
 
 
-def refit_scales(W: Tensor, gram: Tensor, rounded: Rounded, *, ridge: float = RIDGE) -> Tensor:
+def refit_scales(
+    W: Tensor,
+    gram: Tensor,
+    rounded: Rounded,
+    *,
+    ridge: float = RIDGE,
+    pulled: Tensor | None = None,
+) -> Tensor:
     """Scales (n, out, groups) float32 that minimise tr((W - Q) H (W - Q)^T) at these codes.
 
     Args:
         W: (n, out_features, in_features) float32.
-        gram: H, damped, (n, in_features, in_features) float64.
+        gram: H, damped, (n, in_features, in_features) float32 or float64; M and c are summed in its
+            dtype and solved in float64. The ridge is far above what float32 rounds.
         rounded: codes and zeros; its stored scales are where the ridge pulls to.
         ridge: relative to the mean of diag M of a row.
+        pulled: (W - Q) H of the rounded weights in the same dtype, where it is known already.
 
     Returns:
-        The new scales. One that would leave [old / FAR, FAR * old] stays as it was.
+        The new scales, one for each old one. One that would leave [old / FAR, FAR * old], or whose
+        M is singular, stays as it was.
     """
     spec, size = rounded.spec, max(rounded.spec.group_size, 0) or W.shape[-1]
     old = round_trip_scales(rounded.scales, spec.scale_coding)
     units = grid_of(spec).decode(rounded.codes, torch.ones_like(old), rounded.zeros)
     new = torch.empty_like(old)
+    if pulled is None:
+        pulled = (W - rounded.decode()).to(gram.dtype) @ gram
     for i, H in enumerate(gram):
-        for start in range(0, W.shape[1], ROWS):
-            at = (i, slice(start, start + ROWS))
-            new[at] = _solve(W[at].double(), H, units[at].double(), old[at].double(), size, ridge)
-    far = (new < old / FAR) | (new > old * FAR)
-    return torch.where(far, old, new)
+        if spec.group_size == PER_TENSOR:
+            M, c = (x.sum(0, keepdim=True) for x in _equations(pulled[i], H, units[i], size))
+            new[i] = old[i] + _step(M, c, ridge)
+            continue
+        for rows in range(0, W.shape[1], step := _rows_at_once(W.shape[-1], size)):
+            at = slice(rows, rows + step)
+            M, c = _equations(pulled[i, at], H, units[i, at], size)
+            new[i, at] = old[i, at] + _step(M, c, ridge)
+    return torch.where((new >= old / FAR) & (new <= old * FAR), new, old)
 
 
-def _solve(w: Tensor, H: Tensor, units: Tensor, old: Tensor, size: int, ridge: float) -> Tensor:
-    """M s = b of some rows (rows, in_features), towards `old` (rows, groups)."""
+def _rows_at_once(columns: int, size: int) -> int:
+    groups = -(-columns // size)
+    return max(1, min(WEIGHTS_AT_ONCE // columns, ELEMENTS_AT_ONCE // groups**2))
+
+
+def _equations(pulled: Tensor, H: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """M (rows, groups, groups), of which only the lower half is filled, and c (rows, groups)."""
+    units = units.to(H.dtype)
+    if short := -units.shape[-1] % size:
+        pulled, units = pad(pulled, (0, short)), pad(units, (0, short))
+        H = pad(H, (0, short, 0, short))
+    groups = units.shape[-1] // size
 
     def by_group(x: Tensor) -> Tensor:
-        return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+        return x.unflatten(-1, (-1, size)).sum(-1)
 
-    columns = range(0, w.shape[-1], size)
-    M = torch.stack(
-        [by_group((units[:, c : c + size] @ H[c : c + size]) * units) for c in columns], -2
-    )
-    b = by_group((w @ H) * units)
+    M = units.new_zeros(len(units), groups, groups)
+    for g in range(groups):
+        at, on = slice(g * size, (g + 1) * size), slice(g * size, None)
+        M[:, g:, g] = by_group((units[:, at] @ H[at, on]).mul_(units[:, on]))
+    return M, by_group(pulled * units)
+
+
+def _step(M: Tensor, c: Tensor, ridge: float) -> Tensor:
+    """s - s_old (rows, groups), pulled towards 0; NaN where M has no Cholesky factor."""
+    M = M.double()
     pull = ridge * M.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
     M.diagonal(dim1=-2, dim2=-1).add_(pull)
-    return torch.linalg.solve(M, b + pull * old)
+    lower, info = torch.linalg.cholesky_ex(M)
+    step = torch.cholesky_solve(c.double()[..., None], lower)[..., 0]
+    return torch.where((info == 0)[:, None], step, torch.nan)

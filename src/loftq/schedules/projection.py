@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loftq.lowrank import LowRank, Solver
+from loftq.lowrank import LowRank, Solver, orthonormal
 from loftq.rounding import Rounded
 from loftq.schedules.alternate import Alternation, Norm, Quantize
 
@@ -65,7 +65,7 @@ def project(
     A = leading.solve(root.mT).A
     for step in range(1, iterations + 1):
         A = normalized(A.double(), H)
-        quantize = quantize_under(_raised(without(A, H), added))
+        quantize = quantize_under(_raised_(without(A, H), added))
         rounded, values = quantize(less_span(W, A))
         residual = W - values
         correction = solver.solve(residual)
@@ -85,7 +85,7 @@ def project(
 
 def normalized(A: Tensor, H: Tensor) -> Tensor:
     """The rows of A (n, rank, in_features) float64 recombined so that A H A^T = I."""
-    rows = torch.linalg.qr(A.mT).Q.mT  # first to unit length: R^-1 has left them of any size
+    rows = orthonormal(A.mT)[0].mT  # first to unit length: R^-1 has left them of any size
     lower = torch.linalg.cholesky(rows @ H @ rows.mT)
     return torch.linalg.solve_triangular(lower, rows, upper=False)
 
@@ -93,17 +93,16 @@ def normalized(A: Tensor, H: Tensor) -> Tensor:
 def without(A: Tensor, H: Tensor) -> Tensor:
     """H_A = H - H A^T A H for normalized A, symmetric."""
     HA = H @ A.mT
-    return H - HA @ HA.mT
+    return torch.baddbmm(H, HA, HA.mT, alpha=-1)
 
 
 def less_span(W: Tensor, A: Tensor) -> Tensor:
     """W - W P, P the orthogonal projection on the rows of A; float32."""
-    basis = torch.linalg.qr(A.mT).Q
+    basis, _ = orthonormal(A.mT)
     return (W - (W.double() @ basis) @ basis.mT).float()
 
 
-def _raised(H: Tensor, added: Tensor) -> Tensor:
-    """H + added I, one number for each matrix."""
-    out = H.clone()
-    out.diagonal(dim1=-2, dim2=-1).add_(added[:, None])
-    return out
+def _raised_(H: Tensor, added: Tensor) -> Tensor:
+    """H + added I in place, one number for each matrix."""
+    H.diagonal(dim1=-2, dim2=-1).add_(added[:, None])
+    return H

@@ -44,7 +44,7 @@ class TaskConfig:
     quantize_seed: int = 0
     """Of the quantization. `seed` is the training's, so that runs of several seeds share one
     backbone."""
-    quantize_data: str | None = None
+    calibration: str | None = None
     """Text to calibrate on, for methods of quantization that need it."""
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from loftq.tasks.session import TaskSession
 from loftq.tasks.start import PackedStart, Start, baseline
 from loftq.tasks.table import find_task
 from loftq.train import resume
-from loftq.train.base import backbone_folder, locate, own_tokenizer, refuse_calibrated, settle
+from loftq.train.base import backbone_folder, locate, own_tokenizer, require_calibration, settle
 from loftq.train.config import missing_packages
 from loftq.train.errors import TrainError
 from loftq.train.folder import begin, claimed, refuse_differences, refuse_own_output
@@ -127,10 +127,9 @@ def _start(
     packed = (backbone_folder(model) / "loftq.json").is_file()
     if not packed:
         quantize["seed"] = chosen.task.quantize_seed
-        if chosen.task.quantize_data is None:
-            refuse_calibrated(chosen.method)
-        else:
-            quantize["data"] = chosen.task.quantize_data
+        if chosen.task.calibration is not None:
+            quantize["data"] = chosen.task.calibration
+        require_calibration(quantize)
     found = locate(model, quantize, cache=None if cache is None else Path(cache))
     checkpoint = begin(run, place, settings, overwrite=overwrite)
     with place.main_first():

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loftq.ops.triton.grid import nearest
+
 BLOCK_WEIGHTS = 4096
 MAX_COLUMNS = 256  # of a group; longer rows are cut
-HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer
 
 
 @triton.jit
@@ -33,24 +34,8 @@ def _round(  # type: ignore[no-untyped-def]  # arguments are Triton's
     at = row[:, None] * columns + column[None, :]  # (BLOCK_ROWS, BLOCK_COLUMNS)
     x = tl.load(x_ptr + at, inside, 0.0)
     scale = tl.load(scale_ptr + row, row < rows, 1.0)[:, None]
-    unit = tl.div_rn(x, tl.where(scale == 0, tiny, scale) + tl.zeros_like(x))
-    if LEVELS > 0:
-        low = tl.load(levels_ptr)
-        codes = tl.zeros(unit.shape, tl.int32)
-        level = tl.zeros_like(unit) + low
-        for i in tl.static_range(1, LEVELS):
-            high = tl.load(levels_ptr + i)
-            above = unit > (high + low) * 0.5
-            codes = tl.where(above, i, codes)
-            level = tl.where(above, high, level)
-            low = high
-        values = level * scale
-    else:
-        zero = tl.load(zero_ptr + row, row < rows, 0.0)[:, None]
-        nearest = tl.minimum(tl.maximum(unit + zero, 0.0), top)
-        nearest = (nearest + HALF_EVEN) - HALF_EVEN
-        codes = nearest.to(tl.int32)
-        values = (nearest - zero) * scale
+    zero = tl.load(zero_ptr + row, row < rows, 0.0)[:, None]
+    codes, values = nearest(x, scale, zero, levels_ptr, tiny, top, LEVELS)
     tl.store(codes_ptr + at, codes.to(tl.uint8), inside)
     tl.store(values_ptr + at, values, inside)
 

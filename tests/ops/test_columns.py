@@ -1,0 +1,111 @@
+"""Sweeps over a block of columns: the kernel bit for bit the reference, the reference its grid."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loftq.formats import grid_of, parse_format
+from loftq.ops import descend_columns, round_columns
+from loftq.ops.columns import descend_columns_reference, nearest, round_columns_reference
+from loftq.ops.dispatch import why_no_columns_kernel
+
+FORMATS = ("nf2-g64-f32", "nf4-g64-f32", "int2-g64-f32", "int4-g64-f32", "sint3-g64-f32",
+           "iq4nl", "int8-g64-f32", "uniform4")  # fmt: skip
+SHAPES = ((1, 1, 1), (2, 5, 37), (1, 33, 64), (2, 7, 128), (1, 3, 256), (1, 67, 16))
+INTERPRETED = {"formats": ("nf2-g64-f32", "int3-g64-f32", "uniform4"), "shapes": ((2, 5, 11),)}
+"""A step of the interpreter takes milliseconds; on a GPU everything is tried."""
+
+
+def block(name, shape, spread):
+    """A block, its factor, a Gram, and scales for each column, each row or the whole of it."""
+    g = torch.Generator().manual_seed(sum(shape))
+    n, _, width = shape
+    spec = parse_format(name)
+    grid = grid_of(spec)
+    W = torch.randn(shape, generator=g)
+    x = torch.randn(n, 2 * width, width, generator=g)
+    gram = x.mT @ x / (2 * width) + 0.01 * torch.eye(width)
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram.double())).mT.float().contiguous()
+    per_row = {"column": shape, "row": (*shape[:2], 1), "tensor": (n, 1, 1)}[spread]
+    scales = 0.2 + torch.rand(per_row, generator=g)
+    scales[0, 0, 0] = 0  # of a group without extent
+    zeros = None
+    if grid.codebook(torch.device("cpu")) is None:
+        zeros = torch.randint(0, grid.top + 1, per_row, generator=g).float()
+    return W, factor, gram, scales, zeros, grid
+
+
+def check(device, formats=FORMATS, shapes=SHAPES):
+    from loftq.ops.triton import columns
+
+    for name in formats:
+        for shape in shapes:
+            for spread in ("column", "row", "tensor"):
+                W, factor, gram, *grid = block(name, shape, spread)
+                scales, zeros, levels = grid[0], grid[1], grid[2].codebook(W.device)
+                G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+                given = (scales, zeros, levels, grid[2].top)
+                moved = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in given)
+                wanted = round_columns_reference(W, factor, *given)
+                found = columns.round_columns(W.to(device), factor.to(device), *moved)
+                for part, other in zip(found, wanted, strict=True):
+                    assert torch.equal(part.cpu(), other), (name, shape, spread)
+                wanted = descend_columns_reference(W, G, gram, *given)
+                tensors = (t.to(device) for t in (W, G, gram))
+                found = columns.descend_columns(*tensors, *moved)
+                for part, other in zip(found, wanted, strict=True):
+                    assert torch.equal(part.cpu(), other), (name, shape, spread)
+
+
+def test_kernels_equal_the_reference_interpreted():
+    pytest.importorskip("triton", reason="needs triton")
+    code = "import test_columns as t; t.check('cpu', **t.INTERPRETED); print('same')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip().endswith("same"), done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_kernels_equal_the_reference_on_the_gpu():
+    check("cuda")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_column_is_coded_as_its_grid_does(name):
+    spread = "tensor" if name == "uniform4" else "row"
+    W, _, _, scales, zeros, grid = block(name, (2, 9, 32), spread)
+    if name == "uniform4":
+        scales[0] = 0.5  # this grid never fits an empty range
+    codes, values = nearest(W, scales, zeros, grid.codebook(W.device), grid.top)
+    assert torch.equal(codes, grid.encode(W, scales, zeros))
+    assert torch.equal(values, grid.decode(codes, scales, zeros))
+
+
+@pytest.mark.parametrize("name", ["nf3-g64-f32", "int2-g64-f32"])
+def test_sweeps_pass_opcheck(name, device):
+    W, factor, gram, scales, zeros, grid = block(name, (2, 5, 37), "row")
+    moved = [t if t is None else t.to(device) for t in (W, factor, gram, scales, zeros)]
+    W, factor, gram, scales, zeros = moved
+    rest = (scales, zeros, grid.codebook(W.device), grid.top)
+    torch.library.opcheck(round_columns, (W, factor, *rest))
+    torch.library.opcheck(descend_columns, (W, W.clone(), gram, *rest))
+
+
+def test_a_grid_with_both_a_codebook_and_zeros_is_refused():
+    W, factor, _, scales, _, grid = block("nf3-g64-f32", (1, 4, 8), "row")
+    with pytest.raises(ValueError, match="either a codebook"):
+        round_columns(W, factor, scales, scales, grid.codebook(W.device), grid.top)
+    with pytest.raises(ValueError, match=r"expected float32 and \(1, 8, 8\)"):
+        round_columns(W.double(), factor, scales, None, grid.codebook(W.device), grid.top)
+
+
+def test_the_dispatcher_says_why():
+    assert "need a GPU" in why_no_columns_kernel(torch.zeros(1, 2, 64))
+    assert "the kernel holds 256" in why_no_columns_kernel(torch.zeros(1, 2, 300))
