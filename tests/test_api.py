@@ -159,6 +159,8 @@ def test_a_weight_that_is_not_finite_is_named_and_repairable(source, tmp_path, b
     ("options", "message"),
     [
         ({"rank": 500}, r"rank=500 exceeds min\(48, 48\) = 48"),
+        ({"design_rank": 500}, r"design_rank=500 exceeds min\(48, 48\) = 48"),
+        ({"design_rank": 0}, r"design_rank=0: must be at least 1"),
         ({"alpha": 0}, "alpha=0: must be positive"),
         ({"method": "loftqq"}, "Did you mean loftq"),
         ({"format": "nff4"}, "Did you mean nf4"),

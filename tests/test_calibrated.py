@@ -17,7 +17,10 @@ from loftq.integrations import blocks as model_blocks
 from loftq.pipeline import stream as engine
 from loftq.report import inspect_output
 
-METHODS = ("lqer", "qera-approx", "qera-exact", "cloq", "fast")
+METHODS = (
+    "lqer", "qera-approx", "qera-exact", "cloq", "fast",
+    "quailora", "eora", "projq", "srr", "corda", "caldera",
+)  # fmt: skip
 OPTIONS = {"format": "int2-g32-dq", "rank": 4, "calibration_windows": 20, "calibration_context": 32}
 
 

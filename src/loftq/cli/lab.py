@@ -52,14 +52,14 @@ def methods(as_json: options.AsJson = False) -> None:
             str(method.iterations),
             method.order if method.schedule == "alternate" else method.schedule,
             method.keep,
-            method.solver,
+            method.solver if method.correction == "closed-form" else method.correction,
             method.summary,
         )
     out = console.screen()
     out.print(shown)
     out.print(
         "Every method takes every format. Keys override a choice: iters=, order=, solver=, "
-        "scale_fit=, damping=.",
+        "scale_fit=, damping=, design_rank=.",
         style="dim",
     )
 

@@ -1,7 +1,16 @@
 """The best rank-r correction of a residual, exact or by filtered subspace iteration."""
 
 from loftq.lowrank.chebyshev import ChebyshevSolver
-from loftq.lowrank.metrics import CholeskyRoot, DiagonalRoot, EigenRoot, IdentityRoot, Metric, Root
+from loftq.lowrank.least_squares import LeastSquaresSolver
+from loftq.lowrank.metrics import (
+    CholeskyRoot,
+    CovarianceRoot,
+    DiagonalRoot,
+    EigenRoot,
+    IdentityRoot,
+    Metric,
+    Root,
+)
 from loftq.lowrank.orthonormal import orthonormal
 from loftq.lowrank.solve import SOLVERS, ExactSolver, LowRank, Solver, best_correction, make_solver
 from loftq.lowrank.whitened import WhitenedSolver, evenly_split
@@ -10,10 +19,12 @@ __all__ = [
     "SOLVERS",
     "ChebyshevSolver",
     "CholeskyRoot",
+    "CovarianceRoot",
     "DiagonalRoot",
     "EigenRoot",
     "ExactSolver",
     "IdentityRoot",
+    "LeastSquaresSolver",
     "LowRank",
     "Metric",
     "Root",

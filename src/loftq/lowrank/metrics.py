@@ -6,6 +6,7 @@ R is any square root of the input statistics, R R^T = H:
     diagonal    R = diag(sqrt(E[x_i^2])): QERA-approx (arXiv:2410.06040)
     gram        R R^T = E[x x^T]: QERA-exact, CLoQ (arXiv:2501.18475); ||E R||_F^2 is the mean of
                 ||E x||^2, the error of the layer's output on the calibration tokens
+    covariance  R = E[x x^T] itself: CorDA (arXiv:2406.05223); inputs count by their variance twice
 
 Two roots of one H differ by an orthogonal factor on the right, which neither the norm nor the best
 B A notices (tests/lowrank/test_metrics.py). The Cholesky root is the cheapest; the eigenvector
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loftq.rounding.damping import damped, damped_cholesky
+from loftq.rounding.damping import damped, damped_cholesky, raised_eigenvalues
 
 
 class Root(Protocol):
@@ -89,12 +90,18 @@ class CholeskyRoot:
 
 
 class EigenRoot:
-    """R = V diag(sqrt(lambda)) of H + d mean(diag H) I = V diag(lambda) V^T, ascending."""
+    """R = V diag(sqrt(lambda)), H + d mean(diag H) I = V diag(lambda) V^T; `damping` holds d, (n,).
 
-    def __init__(self, gram: Tensor, *, damping: float) -> None:
-        values, self.vectors = torch.linalg.eigh(damped(gram, damping))
-        floor = torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
-        self.root = values.clamp_min(floor).sqrt()
+    Args:
+        gram: H = E[x x^T], (n, features, features).
+        damping: d to begin with; raised tenfold while an eigenvalue is not above rounding.
+        strict: raise a DampingError instead.
+    """
+
+    def __init__(self, gram: Tensor, *, damping: float, strict: bool = False) -> None:
+        values, self.vectors = torch.linalg.eigh(damped(gram, 0.0))
+        values, self.damping = raised_eigenvalues(gram, values, damping, strict=strict)
+        self.root = values.sqrt()
 
     def apply(self, E: Tensor) -> Tensor:
         """E V diag(sqrt(lambda)), float64."""
@@ -103,6 +110,27 @@ class EigenRoot:
     def unapply(self, A: Tensor) -> Tensor:
         """A diag(sqrt(lambda))^-1 V^T, float64."""
         return (A.double() / self.root[:, None, :]) @ self.vectors.mT
+
+
+class CovarianceRoot:
+    """R = H + d mean(diag H) I itself, not a root of it; `damping` holds the d used, (n,).
+
+    Args:
+        gram: H = E[x x^T], (n, features, features).
+        damping: d to begin with; raised where the Cholesky factor that inverts R needs it.
+        strict: raise a DampingError instead.
+    """
+
+    def __init__(self, gram: Tensor, *, damping: float, strict: bool = False) -> None:
+        self.factor, self.damping = damped_cholesky(gram, damping, strict=strict)
+
+    def apply(self, E: Tensor) -> Tensor:
+        """E R, float64."""
+        return (E.double() @ self.factor) @ self.factor.mT
+
+    def unapply(self, A: Tensor) -> Tensor:
+        """A R^-1, float64, by two substitutions."""
+        return torch.cholesky_solve(A.double().mT, self.factor).mT
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,39 @@
 """One row per method, one file per paper; each is a composition of the same parts."""
 
 from loftq.methods.base import LayerRecord, LayerSolution, Method
+from loftq.methods.caldera import CALDERA
 from loftq.methods.cloq import CLOQ
+from loftq.methods.corda import CORDA
+from loftq.methods.eora import EORA
 from loftq.methods.fast import FAST
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
 from loftq.methods.lqer import LQER
 from loftq.methods.problem import LayerProblem, ProblemStatistics
+from loftq.methods.projq import PROJQ
 from loftq.methods.qera import QERA_APPROX, QERA_EXACT
 from loftq.methods.qlora import QLORA
 from loftq.methods.qpissa import QPISSA
+from loftq.methods.quailora import QUAILORA
+from loftq.methods.srr import SRR
 
-METHODS: dict[str, Method] = {
-    m.name: m
-    for m in (LOFTQ, QLORA, FAST, LOFTQ_PAPER, QPISSA, LQER, QERA_APPROX, QERA_EXACT, CLOQ)
-}
+_ROWS = (
+    LOFTQ,
+    QLORA,
+    FAST,
+    LOFTQ_PAPER,
+    QPISSA,
+    LQER,
+    QERA_APPROX,
+    QERA_EXACT,
+    QUAILORA,
+    EORA,
+    CLOQ,
+    PROJQ,
+    SRR,
+    CORDA,
+    CALDERA,
+)
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 __all__ = [
     "METHODS",

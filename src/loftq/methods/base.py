@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loftq.formats import QuantizedTensor
 from loftq.lowrank import LowRank
-from loftq.methods.parts import METRICS, NEEDS, ROUNDINGS, SCHEDULES, Parts
+from loftq.methods.parts import CORRECTIONS, METRICS, NEEDS, ROUNDINGS, SCHEDULES, Parts
 from loftq.methods.problem import LayerProblem, input_notes
 from loftq.rounding import output_error, round_to_nearest
 from loftq.schedules import Alternation, frobenius
@@ -51,6 +51,8 @@ class LayerRecord:
     """Largest damping used, relative to the mean of the Gram's diagonal; None without a Gram."""
     notes: tuple[str, ...] = ()
     """Anything that did not go the plain way: fallbacks, extra damping."""
+    preserved: int | None = None
+    """Ranks that hold a part of W itself (srr); None where the rank was not split."""
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
@@ -81,11 +83,17 @@ class Method:
     needs: str = "none"
     """Statistics of the inputs that it must be given: none, diagonal or gram."""
     metric: str = "identity"
-    """What an error costs: identity, diagonal, largest-mean or gram (methods/parts.py)."""
+    """What an error costs: identity, diagonal, largest-mean, gram, eigenspace or covariance
+    (methods/parts.py)."""
     rounding: str = "rtn"
     """How weights become codes: rtn, gptq or gptq-descent (rounding)."""
     schedule: str = "alternate"
-    """How rounding and correction take turns: alternate or projection (schedules)."""
+    """How rounding and correction take turns: alternate, projection, residual-projection or
+    preserve (schedules)."""
+    correction: str = "closed-form"
+    """How the best correction under the metric is found: closed-form or least-squares."""
+    design_rank: int | None = None
+    """Rank that residual-projection rounds for; None = that of the adapter."""
     damping: float = 0.01
     """Of the Gram that rounds, relative to the mean of its diagonal."""
     metric_damping: float = 1e-4
@@ -110,6 +118,7 @@ class Method:
             (self.metric, METRICS),
             (self.rounding, ROUNDINGS),
             (self.schedule, SCHEDULES),
+            (self.correction, CORRECTIONS),
         ):
             assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
         wanted = (METRICS[self.metric].needs, ROUNDINGS[self.rounding].needs)
@@ -185,6 +194,7 @@ class Method:
                 tokens=problem.statistics.tokens[i] if problem.statistics else None,
                 damping=damping,
                 notes=(*notes, *input_notes(problem, i)),
+                preserved=None if found.preserved is None else int(found.preserved[i]),
             )
             records.append(record)
         return tuple(records)

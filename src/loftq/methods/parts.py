@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from loftq.lowrank import CholeskyRoot, DiagonalRoot, Metric, Solver, WhitenedSolver, make_solver
+from loftq.lowrank import (
+    CholeskyRoot,
+    CovarianceRoot,
+    DiagonalRoot,
+    EigenRoot,
+    LeastSquaresSolver,
+    Metric,
+    Solver,
+    WhitenedSolver,
+    make_solver,
+)
 from loftq.methods.problem import LayerProblem, ProblemStatistics
 from loftq.rounding import DescentGptq, Gptq, round_to_nearest
-from loftq.schedules import Alternation, Quantize, alternate, project
+from loftq.schedules import Alternation, Quantize, alternate, preserve, project
 
 if TYPE_CHECKING:
     from loftq.methods.base import Method
@@ -57,6 +67,14 @@ def _gram(problem: LayerProblem, damping: float) -> Metric:
     return Metric(CholeskyRoot(known_gram(problem), damping=damping, strict=problem.strict))
 
 
+def _eigenspace(problem: LayerProblem, damping: float) -> Metric:
+    return Metric(EigenRoot(known_gram(problem), damping=damping, strict=problem.strict))
+
+
+def _covariance(problem: LayerProblem, damping: float) -> Metric:
+    return Metric(CovarianceRoot(known_gram(problem), damping=damping, strict=problem.strict))
+
+
 def _rtn(problem: LayerProblem, gram: Tensor | None, damping: float) -> Quantize:
     return lambda target: round_to_nearest(target, problem.spec, fit=problem.scale_fit)
 
@@ -77,12 +95,19 @@ METRICS = {
     "diagonal": MetricPart("diagonal", _diagonal),
     "largest-mean": MetricPart("diagonal", _largest_mean),
     "gram": MetricPart("gram", _gram),
+    "eigenspace": MetricPart("gram", _eigenspace),
+    "covariance": MetricPart("gram", _covariance),
 }
 ROUNDINGS = {
     "rtn": RoundingPart("none", _rtn, 1.0),
     "gptq": RoundingPart("gram", _gptq, 6.0),
     "gptq-descent": RoundingPart("gram", _descent, 20.0),
 }
+CORRECTIONS: dict[str, Callable[[Solver, Metric], Solver]] = {
+    "closed-form": WhitenedSolver,
+    "least-squares": LeastSquaresSolver,
+}
+"""A plain solver -> the best correction under a metric."""
 
 
 class Parts:
@@ -99,14 +124,27 @@ class Parts:
         self.metric = METRICS[method.metric].make(problem, method.metric_damping)
         self.leading: Solver = make_solver(method.solver, problem.rank, generator)
         """A plain solver, for eigenvectors."""
-        plain = make_solver(method.solver, problem.rank, generator)
-        weighted = METRICS[method.metric].needs != "none"
-        self.solver: Solver = WhitenedSolver(plain, self.metric) if weighted else plain
+        self.generator = generator
+        self.solver: Solver = self.correction(problem.rank)
         """Best correction under the metric."""
         self.asked = {"metric": method.metric_damping, "rounding": method.damping}
         self.used: dict[str, Tensor] = {}
         """Damping that each factorized Gram took, (n,)."""
         self._record("metric", getattr(self.metric.input, "damping", None), 0.0)
+
+    def correction(self, rank: int) -> Solver:
+        """A solver of that rank for the best correction under the metric, with its own state.
+
+        Raises:
+            ValueError: the rank does not fit the weights.
+        """
+        most = min(self.problem.weights.shape[1:])
+        if not 1 <= rank <= most:
+            raise ValueError(f"{self.problem.names[0]}: rank {rank} is outside 1..{most}.")
+        plain = make_solver(self.method.solver, rank, self.generator)
+        if METRICS[self.method.metric].needs == "none":
+            return plain
+        return CORRECTIONS[self.method.correction](plain, self.metric)
 
     def rounding(self, gram: Tensor | None = None) -> Quantize:
         """The row's rounding under the Gram of the inputs, or under another, damped already."""
@@ -147,23 +185,53 @@ def _alternate(parts: Parts) -> Alternation:
 
 
 def _project(parts: Parts) -> Alternation:
-    root, method = parts.metric.input, parts.method
-    assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
+    if parts.method.iterations == 0:
+        return _alternate(parts)
+    return _projected(parts, leading=parts.leading)
+
+
+def _project_residual(parts: Parts) -> Alternation:
+    method = parts.method
     if method.iterations == 0:
         return _alternate(parts)
+    ahead = method.design_rank
+    design = None if ahead in (None, parts.problem.rank) else parts.correction(ahead)
+    return _projected(parts, design=design, span="round")
+
+
+def _projected(parts: Parts, **choices: Any) -> Alternation:
+    root, method = parts.metric.input, parts.method
+    assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
     return project(
         parts.problem.weights,
         root=root.factor,
         quantize_under=parts.rounding,
-        leading=parts.leading,
         solver=parts.solver,
         iterations=method.iterations,
         damping=method.damping,
         norm=parts.metric.norm,
+        **choices,
     )
 
 
-SCHEDULES = {"alternate": _alternate, "projection": _project}
+def _preserve(parts: Parts) -> Alternation:
+    if parts.method.iterations == 0:
+        return _alternate(parts)
+    return preserve(
+        parts.problem.weights,
+        metric=parts.metric,
+        quantize=parts.rounding(),
+        rank=parts.problem.rank,
+        generator=parts.generator,
+    )
+
+
+SCHEDULES = {
+    "alternate": _alternate,
+    "projection": _project,
+    "residual-projection": _project_residual,
+    "preserve": _preserve,
+}
 
 
 def known_inputs(problem: LayerProblem) -> ProblemStatistics:

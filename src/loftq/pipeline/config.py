@@ -79,6 +79,8 @@ class QuantizeConfig:
     """Folder that keeps statistics for other methods and widths; None = the user's cache."""
     damping: float | None = None
     """Added to a Gram's diagonal, relative to its mean; None = the method's own."""
+    design_rank: int | None = None
+    """Rank of the correction that `projq` rounds for; None = that of the adapter."""
     strict: bool = False
     """Raise instead of recording extra damping or calibration tokens that had to be left out."""
     engine: str | None = None
@@ -97,6 +99,8 @@ class QuantizeConfig:
                 f"alpha={self.alpha}: must be positive. At alpha = 0 the adapter has no effect and "
                 "no start can correct the rounding; leave it out to use alpha = rank."
             )
+        if self.design_rank is not None and self.design_rank < 1:
+            return f"design_rank={self.design_rank}: must be at least 1."
         if self.iters is not None and self.iters < 0:
             return f"iters={self.iters}: must be 0 (plain rounding) or more."
         if self.calibration_windows < 1 or self.calibration_context < 1:
@@ -154,6 +158,7 @@ class QuantizeConfig:
             order=self.order,
             damping=self.damping,
             metric_damping=self.damping,
+            design_rank=self.design_rank,
         )
 
     def default_format(self) -> FormatSpec:

@@ -352,6 +352,11 @@ def _problems(
                 f"{info.module}: rank={config.rank} exceeds min{info.shape} = {min(info.shape)}. "
                 f'Lower the rank or leave the layer out with skip=["{info.module}"].'
             )
+        if info.adapted and (config.design_rank or 0) > min(info.shape):
+            problems.append(
+                f"{info.module}: design_rank={config.design_rank} exceeds min{info.shape} = "
+                f"{min(info.shape)}. Lower it, or leave it out to use the rank."
+            )
         spec = specs[info.module]
         if not info.adapted and (spec.scale_coding == "dq" or spec.group_size == PER_TENSOR):
             problems.append(

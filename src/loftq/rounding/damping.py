@@ -50,13 +50,7 @@ def damped_cholesky(H: Tensor, damping: float, *, strict: bool = False) -> tuple
     used = torch.full((len(H),), float(damping), dtype=torch.float64, device=H.device)
     factors, info = cholesky(damped(H, used))
     while (bad := info != 0).any():
-        if strict or (used[bad] >= MOST_DAMPING).any():
-            raise DampingError(
-                f"{int(bad.sum())} of {len(H)} Gram matrices are not positive definite with "
-                f"damping={used[bad].max().item():g}. Calibrate on more tokens or set a larger "
-                "damping (strict=false raises it by itself and records that)."
-            )
-        used[bad] = (10 * used[bad]).clamp(LEAST_DAMPING, MOST_DAMPING)
+        _raise_(used, bad, strict=strict)
         factors[bad], info[bad] = cholesky(damped(H[bad], used[bad]))
     return factors, used
 
@@ -69,3 +63,40 @@ def cholesky(H: Tensor) -> tuple[Tensor, Tensor]:
     for one, factor, failed in zip(H, factors, info, strict=True):
         torch.linalg.cholesky_ex(one, out=(factor, failed))
     return factors, info
+
+
+def raised_eigenvalues(
+    H: Tensor, values: Tensor, damping: float, *, strict: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of H + d mean(diag H) I, all above rounding, from those of H.
+
+    Args:
+        H: (n, in_features, in_features) symmetric, finite.
+        values: its eigenvalues, (n, in_features) float64 ascending.
+        damping: d >= 0, relative to the mean of the diagonal; raised as in `damped_cholesky`.
+        strict: raise instead of damping more than was asked for.
+
+    Returns:
+        (eigenvalues (n, in_features) float64, d used (n,) float64).
+
+    Raises:
+        DampingError: strict, or not positive even with MOST_DAMPING.
+    """
+    mean = H.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    unit = torch.where(mean > 0, mean, torch.ones_like(mean))
+    used = torch.full_like(mean, float(damping))
+    floor = torch.finfo(torch.float64).eps * values.abs().amax(-1)
+    while (bad := values[:, 0] + unit * used <= floor).any():
+        _raise_(used, bad, strict=strict)
+    return values + (unit * used)[:, None], used
+
+
+def _raise_(used: Tensor, bad: Tensor, *, strict: bool) -> None:
+    """Raise the damping of the matrices that are `bad` tenfold, in place."""
+    if strict or (used[bad] >= MOST_DAMPING).any():
+        raise DampingError(
+            f"{int(bad.sum())} of {len(used)} Gram matrices are not positive definite with "
+            f"damping={used[bad].max().item():g}. Calibrate on more tokens or set a larger "
+            "damping (strict=false raises it by itself and records that)."
+        )
+    used[bad] = (10 * used[bad]).clamp(LEAST_DAMPING, MOST_DAMPING)

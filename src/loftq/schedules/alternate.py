@@ -42,6 +42,8 @@ class Alternation:
     """||W - Q_t - B_t A_t|| / ||W|| for t = 1..T, (T, n) float64."""
     kept: Tensor
     """Step kept for each weight, 1-based; 0 where no step was taken; (n,) int64."""
+    preserved: Tensor | None = None
+    """Ranks of each weight that hold a part of W itself, (n,) int64; None = no such split."""
 
 
 def alternate(

@@ -16,6 +16,10 @@ before rounding, so that the groups have smaller ranges:
 
 The start A_1 spans the leading eigenvectors of H. The step with the smallest error of each weight
 is kept.
+
+ProjQ's own steps differ in three ways: A_1 belongs to the residual of a first rounding under H, all
+of W is rounded (span="round"), and the rank r_d that rounding looks ahead to (`design`) need not be
+that of the correction.
 """
 
 from __future__ import annotations
@@ -35,11 +39,13 @@ def project(
     *,
     root: Tensor,
     quantize_under: Callable[[Tensor], Quantize],
-    leading: Solver,
     solver: Solver,
     iterations: int,
     damping: float,
     norm: Norm,
+    leading: Solver | None = None,
+    design: Solver | None = None,
+    span: str = "subtract",
 ) -> Alternation:
     """Run `iterations` steps of variable projection on a stack of weights.
 
@@ -47,11 +53,15 @@ def project(
         W: (n, out_features, in_features) float32.
         root: C with C C^T = H, (n, in_features, in_features) float64.
         quantize_under: Gram (n, in_features, in_features) -> rounding under it.
-        leading: plain solver that finds the leading eigenvectors of H from C^T.
         solver: best correction of a residual under H.
         iterations: T >= 1.
         damping: d, relative to the mean of diag H: H_A itself has lost the rank of A.
         norm: of each residual under H, (n,) float64.
+        leading: plain solver that finds the leading eigenvectors of H from C^T, where A_1 is to
+            span them; None = A_1 from the residual of rounding W under H.
+        design: best correction of a residual under H at another rank, whose A rounding looks ahead
+            to; None = `solver`.
+        span: "subtract" takes W P off before rounding, "round" does not.
 
     Returns:
         Alternation without `plain_error`: rounding alone is no step of this.
@@ -62,18 +72,21 @@ def project(
     kept = torch.ones(len(W), dtype=torch.int64, device=W.device)
     errors: list[Tensor] = []
     best: tuple[Rounded, LowRank] | None = None
-    A = leading.solve(root.mT).A
+    if leading is not None:
+        A = leading.solve(root.mT).A
+    else:
+        A = (design or solver).solve(W - quantize_under(_raised_(H.clone(), added))(W)[1]).A
     for step in range(1, iterations + 1):
         A = normalized(A.double(), H)
         quantize = quantize_under(_raised_(without(A, H), added))
-        rounded, values = quantize(less_span(W, A))
+        rounded, values = quantize(less_span(W, A) if span == "subtract" else W)
         residual = W - values
         correction = solver.solve(residual)
+        A = (correction if design is None else design.solve(residual)).A
         error = norm(residual.sub_(correction.product())) / whole
         better = error < torch.stack([torch.full_like(error, torch.inf), *errors]).amin(0)
         errors.append(error)
         kept[better] = step
-        A = correction.A
         if best is None:
             best = rounded, correction
         else:
