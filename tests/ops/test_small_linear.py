@@ -156,10 +156,10 @@ def test_the_operator_tells_the_dispatcher_of_a_gradient(monkeypatch):
 
 
 def test_the_dispatcher_says_why_a_weight_is_dequantized():
-    packed = torch.zeros(2, 32, dtype=torch.uint8)
-    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    packed = torch.zeros(2, 32, dtype=torch.uint8, device="meta")
+    x = torch.zeros(3, 64, dtype=torch.bfloat16, device="meta")
     assert small_linear_kernel(x, packed, 4, 64) is None
-    assert why_no_small_linear(x, packed, 4, 64) == "weights are on cpu, the kernels need a GPU"
+    assert why_no_small_linear(x, packed, 4, 64) == "weights are on meta, the kernels need a GPU"
     assert "torch.float32" in why_no_small_linear(x.float(), packed, 4, 64)
     assert "a gradient" in why_no_small_linear(x.clone().requires_grad_(), packed, 4, 64)
     assert "groups of 32" in why_no_small_linear(x, packed, 4, 32)

@@ -9,10 +9,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loftq.ops.cpu.library import why_no_library
 from loftq.ops.reference import PER_TENSOR
 
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
+MOST_TOKENS_CPU = 16
+"""The same on a CPU (benchmarks/results/cpu.md)."""
 
 
 def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
@@ -43,9 +46,13 @@ def round_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 
 def dequantize_kernel(packed: Tensor, group_size: int) -> Callable[..., Tensor] | None:
-    """The Triton dequantization where it applies, else None for the reference."""
+    """The dequantization of the CPU library or Triton where it applies, else None (reference)."""
     if why_no_dequantize_kernel(packed, group_size):
         return None
+    if packed.device.type == "cpu":
+        from loftq.ops.cpu.linear import dequantize as on_cpu
+
+        return on_cpu
     from loftq.ops.triton.dequantize import dequantize
 
     return dequantize
@@ -55,6 +62,8 @@ def why_no_dequantize_kernel(packed: Tensor, group_size: int) -> str:
     """Reason that these bytes are dequantized in plain PyTorch; "" if they are not."""
     if group_size == PER_TENSOR:
         return "one scale for the whole tensor, which no kernel holds"
+    if packed.device.type == "cpu":
+        return why_no_library()
     return why_no_triton(packed.device)
 
 
@@ -64,6 +73,10 @@ def small_linear_kernel(
     """The few-token product from packed bytes where it applies, else None for dequantize + BLAS."""
     if why_no_small_linear(x, packed, bits, group_size):
         return None
+    if packed.device.type == "cpu":
+        from loftq.ops.cpu.linear import small_linear as on_cpu
+
+        return on_cpu
     from loftq.ops.triton.linear import small_linear
 
     return small_linear
@@ -74,6 +87,8 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     tokens, columns = x.shape[:-1].numel(), x.shape[-1]
     if x.requires_grad:
         return "a gradient is asked for: forward and backward read one dequantized weight"
+    if packed.device.type == "cpu":
+        return _why_no_small_linear_on_cpu(x, group_size)
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if not 0 < tokens <= MOST_TOKENS:
@@ -85,6 +100,17 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed bytes are cast, strided or not aligned to 16 bytes"
     return why_no_kernels(packed.device)
+
+
+def _why_no_small_linear_on_cpu(x: Tensor, group_size: int) -> str:
+    tokens, dtypes = x.shape[:-1].numel(), (torch.float32, torch.float16, torch.bfloat16)
+    if x.dtype not in dtypes:
+        return f"activations are {x.dtype}, the library takes float32, float16 and bfloat16"
+    if not 0 < tokens <= MOST_TOKENS_CPU:
+        return f"{tokens} tokens: above {MOST_TOKENS_CPU}, dequantize + BLAS is faster"
+    if group_size == PER_TENSOR:
+        return "one scale for the whole tensor, which no kernel holds"
+    return why_no_library()
 
 
 def why_no_kernels(device: torch.device) -> str:

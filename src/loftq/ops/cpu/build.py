@@ -33,7 +33,7 @@ SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 COMPILERS = ("c++", "g++", "clang++")
 
 
-class BuildError(RuntimeError):
+class BuildError(OSError):
     """The library cannot be compiled here; the message says why and what to do."""
 
 
@@ -101,6 +101,8 @@ def build_library() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             os.replace(_compile(compiler, Path(folder)), target)
+    except BuildError:
+        raise
     except OSError as error:
         raise BuildError(
             f"{target.parent}: {error.strerror}. Set LOFTQ_CACHE to a folder that can be written."

@@ -132,6 +132,7 @@ def _why_refused(path: Path) -> str:
 def forget_library() -> None:
     """Look for the library again at its next use, after one was built."""
     find_library.cache_clear()
+    _why_refused.cache_clear()
 
 
 def current_isa(library: Library) -> str:

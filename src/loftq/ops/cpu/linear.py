@@ -56,7 +56,10 @@ def small_linear(
     """
     library, team = _ready()
     y = x.new_empty((x.shape[0], packed.shape[0]))
-    parts = (packed, scale, zero, nested)
+    parts = [
+        None if part is None else part.to(torch.uint8).contiguous()
+        for part in (packed, scale, zero, nested)
+    ]
     layout = (bits, group_size, scale_coding, tuple(levels), default_zero)
     adapter = _NO_ADAPTER if lora_A is None else _adapter(lora_A, lora_B, scaling)
     projection = make_projection(parts, x.shape[1], layout, adapter)
@@ -78,11 +81,22 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Weights (out_features, in_features) in `dtype`, to the bit those of the reference."""
+    if dtype not in DTYPES:
+        out = dequantize(
+            packed, scale, zero, nested, in_features, bits, group_size, scale_coding, levels,
+            default_zero, torch.float32,
+        )  # fmt: skip
+        return out.to(dtype)
     library, team = _ready()
     out = torch.empty((packed.shape[0], in_features), dtype=dtype)
+    # Mixed-precision wrappers may have cast the bytes; 0..255 survive any float dtype we meet.
+    parts = [
+        None if part is None else part.to(torch.uint8).contiguous()
+        for part in (packed, scale, zero, nested)
+    ]
     if out.numel():
         layout = (bits, group_size, scale_coding, tuple(levels), default_zero)
-        weight = _weight(_pointers((packed, scale, zero, nested)), tuple(out.shape), *layout)
+        weight = _weight(_pointers(parts), (out.shape[0], in_features), *layout)
         library.check(
             library.functions.loftq_dequantize(
                 ctypes.byref(team), ctypes.byref(weight), DTYPES[dtype], out.data_ptr()

@@ -37,9 +37,7 @@ def _is_right(library: Library, team: Team, bits: int) -> bool:
     dense, y = torch.full_like(W, torch.nan), torch.full((3, ROWS), torch.nan)
     call, by = library.functions, ctypes.byref
     library.check(call.loftq_dequantize(by(team), by(weight), 0, dense.data_ptr()))
-    library.check(
-        call.loftq_project(by(team), by(projection), 1, x.data_ptr(), 3, 0, y.data_ptr())
-    )
+    library.check(call.loftq_project(by(team), by(projection), 1, x.data_ptr(), 3, 0, y.data_ptr()))
     return torch.equal(dense, W) and _is_close(y, x.double() @ W.double().T)
 
 

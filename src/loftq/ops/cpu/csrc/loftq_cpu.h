@@ -1,7 +1,8 @@
 // The C ABI of the CPU library: packed weights, adapters, products. No torch, no Python.
 //
 // Every pointer is borrowed for the call. Tensors are contiguous and row-major; the packed layout is
-// that of checkpoint/SPEC.md. Functions return one of the LOFTQ_* results below.
+// that of checkpoint/SPEC.md, and packed bytes may start at any address. Functions return one of the
+// LOFTQ_* results below.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +21,7 @@ struct loftq_weight {
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zeros;  // of asymmetric grids, or null
-  const float* nested;   // offset, then one absmax per 256 scales; only LOFTQ_SCALES_DQ
+  const uint8_t* nested; // float32: offset, then one absmax per 256 scales; only LOFTQ_SCALES_DQ
   const float* map;      // the 256 values of a nested scale's byte; likewise
   int64_t rows, columns;
   int32_t bits, group, scale_coding;

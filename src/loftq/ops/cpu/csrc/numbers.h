@@ -46,9 +46,16 @@ inline uint16_t to_f16(float value) {
   return uint16_t(sign | ((rest - 0x38000000 + 0xFFF + ((rest >> 13) & 1)) >> 13));
 }
 
+// Number i behind any address: bytes read from a file may start at an odd place.
 inline float number(const void* from, int64_t i, int32_t dtype) {
-  if (dtype == LOFTQ_F32) return static_cast<const float*>(from)[i];
-  const uint16_t half = static_cast<const uint16_t*>(from)[i];
+  const char* at = static_cast<const char*>(from);
+  if (dtype == LOFTQ_F32) {
+    float value;
+    memcpy(&value, at + 4 * i, 4);
+    return value;
+  }
+  uint16_t half;
+  memcpy(&half, at + 2 * i, 2);
   return dtype == LOFTQ_F16 ? from_f16(half) : from_bf16(half);
 }
 

@@ -10,7 +10,7 @@ inline void nested_scales(const loftq_weight& w, int64_t first, int64_t count, f
   for (int64_t k = 0; k < count;) {
     const int64_t run = (first + k) / NESTED_RUN;
     const int64_t end = (run + 1) * NESTED_RUN - first < count ? (run + 1) * NESTED_RUN - first : count;
-    const float absmax = w.nested[1 + run], offset = w.nested[0];
+    const float absmax = number(w.nested, 1 + run, LOFTQ_F32), offset = number(w.nested, 0, LOFTQ_F32);
     for (; k < end; ++k) out[k] = w.map[codes[k]] * absmax + offset;
   }
 }
