@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no model hub, a device, a seeded generator, real models."""
+"""What all tests share: one thread, no CPU library, no model hub, a device, real models."""
 
 import os
 import platform
@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread, and no hub unless `network` tests were asked for; inherited by subprocesses."""
     torch.set_num_threads(1)  # the workers of pytest-xdist are the parallelism
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    # Whether a user has built the CPU library changes last bits; its tests build their own.
+    os.environ.setdefault("LOFTQ_CPU_ISA", "none")
     if "network" not in config.option.markexpr.replace("not network", ""):
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 

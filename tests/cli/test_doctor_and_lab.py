@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -47,3 +48,18 @@ def test_the_demo_is_given_its_arguments(loftq: Callable, monkeypatch: pytest.Mo
     assert loftq("lab", "demo").code == 0
     assert loftq("lab", "demo", "--model", "x", "--json").code == 0
     assert calls == [{"model": None, "as_json": False}, {"model": "x", "as_json": True}]
+
+
+def test_the_doctor_builds_the_cpu_library_or_says_why_not(
+    loftq: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LOFTQ_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "nothing++")
+    answer = loftq("doctor", "--build")
+    assert answer.code == 1
+    assert answer.err.startswith("error: no C++ compiler: CXX=nothing++ is not a program")
+    built = []
+    monkeypatch.setattr("loftq.ops.cpu.build.build_library", lambda: built.append(1) or tmp_path)
+    assert loftq("doctor", "--build").out.startswith(f"CPU library: {tmp_path}")
+    assert loftq("doctor", "--build", "--json").json["ok"]
+    assert len(built) == 2

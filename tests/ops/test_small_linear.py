@@ -119,10 +119,10 @@ def test_only_the_callers_word_opens_the_few_token_path(monkeypatch):
 
 
 def test_the_dispatcher_says_why_a_weight_is_dequantized():
-    packed = torch.zeros(2, 32, dtype=torch.uint8)
-    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    packed = torch.zeros(2, 32, dtype=torch.uint8, device="meta")
+    x = torch.zeros(3, 64, dtype=torch.bfloat16, device="meta")
     assert small_linear_kernel(x, packed, 4, 64) is None
-    assert why_no_small_linear(x, packed, 4, 64) == "weights are on cpu, the kernels need a GPU"
+    assert why_no_small_linear(x, packed, 4, 64) == "weights are on meta, the kernels need a GPU"
     assert "torch.float32" in why_no_small_linear(x.float(), packed, 4, 64)
     assert "groups of 32" in why_no_small_linear(x, packed, 4, 32)
     assert "8 bits" in why_no_small_linear(x, packed, 8, 64)

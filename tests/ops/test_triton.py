@@ -111,4 +111,6 @@ def test_the_dispatcher_says_why_it_uses_plain_pytorch():
     assert why_no_dequantize_kernel(x.byte(), -1) == (
         "one scale for the whole tensor, which no kernel holds"
     )
-    assert why_no_dequantize_kernel(x.byte(), 64) == "weights are on cpu, the kernels need a GPU"
+    assert "LOFTQ_CPU_ISA=none" in why_no_dequantize_kernel(x.byte(), 64)
+    far = x.byte().to("meta")
+    assert why_no_dequantize_kernel(far, 64) == "weights are on meta, the kernels need a GPU"

@@ -204,3 +204,23 @@ def test_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert module._container_memory(tmp_path) is None
     assert module._container_memory(tmp_path / "none") is None
+
+
+def test_the_cpu_library_is_a_line_with_its_instructions_or_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loftq.ops.cpu import library
+
+    (without,) = module._cpu_library()
+    assert without.status == "info"
+    assert without.found == "LOFTQ_CPU_ISA=none asks for plain PyTorch"
+    assert "unpacked before each product" in without.advice
+    monkeypatch.setenv("LOFTQ_CPU_ISA", "scalar")
+    held = SimpleNamespace(isas=("scalar", "neon"))
+    monkeypatch.setattr(library, "find_library", lambda: held)
+    monkeypatch.setattr(library, "openmp_fork", lambda: None)
+    (check,) = module._cpu_library()
+    assert check.status == "ok"
+    assert check.found == (
+        "products use scalar on one thread: torch has no OpenMP here; this CPU has scalar, neon"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from loftq.cli import console, options
@@ -9,11 +11,18 @@ from loftq.cli import console, options
 STYLES = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "red"}
 
 
-def doctor(as_json: options.AsJson = False) -> None:
-    """Check Python, packages, GPU, bfloat16, disk and memory (exit 1 when loftq cannot work)."""
+Build = Annotated[
+    bool, typer.Option("--build", help="Compile the CPU library with the system's C++ compiler.")
+]
+
+
+def doctor(build: Build = False, as_json: options.AsJson = False) -> None:
+    """Check Python, packages, GPU, CPU library, disk, memory (exit 1 when loftq cannot work)."""
     with console.answering(as_json=as_json):
         from loftq.report.doctor import doctor as examine
 
+        if build:
+            _build(quiet=as_json)
         checks = examine()
     failed = any(check.status == "fail" for check in checks)
     if as_json:
@@ -28,3 +37,14 @@ def doctor(as_json: options.AsJson = False) -> None:
         console.screen().print(shown)
     if failed:
         raise typer.Exit(1)
+
+
+def _build(*, quiet: bool) -> None:
+    """Compile the library of ops/cpu; an error of the command where that cannot be done."""
+    from loftq.ops.cpu.build import build_library
+    from loftq.ops.cpu.library import forget_library
+
+    path = build_library()
+    forget_library()
+    if not quiet:
+        console.screen().print(f"CPU library: {path}")

@@ -9,10 +9,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loftq.ops.cpu.library import why_no_library
 from loftq.ops.reference import PER_TENSOR
 
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
+MOST_TOKENS_CPU = 16
+"""The same on a CPU (benchmarks/results/cpu.md)."""
 
 MOST_COLUMNS = 256
 """Columns that a sweep over columns holds in registers: a row of the longest group."""
@@ -80,9 +83,13 @@ def why_no_columns_kernel(block: Tensor) -> str:
 
 
 def dequantize_kernel(packed: Tensor, group_size: int) -> Callable[..., Tensor] | None:
-    """The Triton dequantization where it applies, else None for the reference."""
+    """The dequantization of the CPU library or Triton where it applies, else None (reference)."""
     if why_no_dequantize_kernel(packed, group_size):
         return None
+    if packed.device.type == "cpu":
+        from loftq.ops.cpu.linear import dequantize as on_cpu
+
+        return on_cpu
     from loftq.ops.triton.dequantize import dequantize
 
     return dequantize
@@ -92,6 +99,8 @@ def why_no_dequantize_kernel(packed: Tensor, group_size: int) -> str:
     """Reason that these bytes are dequantized in plain PyTorch; "" if they are not."""
     if group_size == PER_TENSOR:
         return "one scale for the whole tensor, which no kernel holds"
+    if packed.device.type == "cpu":
+        return why_no_library()
     return why_no_triton(packed.device)
 
 
@@ -101,6 +110,10 @@ def small_linear_kernel(
     """The few-token product from packed bytes where it applies, else None for dequantize + BLAS."""
     if why_no_small_linear(x, packed, bits, group_size):
         return None
+    if packed.device.type == "cpu":
+        from loftq.ops.cpu.linear import small_linear as on_cpu
+
+        return on_cpu
     from loftq.ops.triton.linear import small_linear
 
     return small_linear
@@ -109,6 +122,8 @@ def small_linear_kernel(
 def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -> str:
     """Reason that x (..., in_features) meets a dequantized weight in BLAS; "" if it does not."""
     tokens, columns = x.shape[:-1].numel(), x.shape[-1]
+    if packed.device.type == "cpu":
+        return _why_no_small_linear_on_cpu(x, group_size)
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if not 0 < tokens <= MOST_TOKENS:
@@ -120,6 +135,17 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed bytes are cast, strided or not aligned to 16 bytes"
     return why_no_kernels(packed.device)
+
+
+def _why_no_small_linear_on_cpu(x: Tensor, group_size: int) -> str:
+    tokens, dtypes = x.shape[:-1].numel(), (torch.float32, torch.float16, torch.bfloat16)
+    if x.dtype not in dtypes:
+        return f"activations are {x.dtype}, the library takes float32, float16 and bfloat16"
+    if not 0 < tokens <= MOST_TOKENS_CPU:
+        return f"{tokens} tokens: above {MOST_TOKENS_CPU}, dequantize + BLAS is faster"
+    if group_size == PER_TENSOR:
+        return "one scale for the whole tensor, which no kernel holds"
+    return why_no_library()
 
 
 def why_no_kernels(device: torch.device) -> str:

@@ -72,6 +72,7 @@ def doctor(folder: Path | None = None) -> list[Check]:
         _packages,
         _devices,
         _kernels,
+        _cpu_library,
         lambda: _disk(folder),
         _memory,
         _verbs,
@@ -206,6 +207,26 @@ def _kernels() -> Iterator[Check]:
             found=why or "a trial of each gave the right values",
             advice="everything works, but weights are unpacked before each product" if why else "",
         )
+
+
+def _cpu_library() -> Iterator[Check]:
+    try:
+        import torch
+    except Exception:  # _devices has said so
+        return
+    from loftq.ops.cpu import library
+
+    why, name = library.why_no_library(), "cpu library"
+    if why:
+        slow = "everything works, but on the CPU weights are unpacked before each product"
+        yield Check(name=name, status="info", found=why, advice=slow)
+        return
+    found = library.find_library()
+    assert found is not None
+    used = f"products use {library.current_isa(found)} on {torch.get_num_threads()} threads"
+    if library.openmp_fork() is None:
+        used = f"products use {library.current_isa(found)} on one thread: torch has no OpenMP here"
+    yield Check(name=name, status="ok", found=f"{used}; this CPU has {', '.join(found.isas)}")
 
 
 def _disk(folder: Path | None) -> Iterator[Check]:

@@ -1,0 +1,6 @@
+#include "numbers.h"
+#include "isa_avx512.h"
+#include "product.h"
+#include "dequantize.h"
+
+const Kernels* avx512_kernels() { return &KERNELS; }

@@ -1,0 +1,45 @@
+"""A trial of the library before it is trusted: a small weight of each width, against PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from loftq.ops.cpu.library import Adapter, Library, Projection, Team, make_team, make_weight
+from loftq.ops.reference import dequantize_reference, planes
+
+ROWS, COLUMNS, GROUP = 5, 75, 16
+LEVELS = {2: (-1.0, 0.0, 0.5, 1.0), 3: (), 4: tuple(i / 8 - 1 for i in range(16)), 8: ()}
+ERROR = 1e-5
+"""Of a product, relative: sums of 75 float32 products in another order."""
+
+
+def values_are_right(library: Library, isa: str) -> bool:
+    """Whether products and weights of every width come out right with one instruction set."""
+    return all(_is_right(library, make_team(isa, 1), bits) for bits in LEVELS)
+
+
+def _is_right(library: Library, team: Team, bits: int) -> bool:
+    generator = torch.Generator().manual_seed(bits)
+    row_bytes = sum(-(-COLUMNS * width // 8) for width in planes(bits))
+    codes = torch.randint(256, (ROWS, row_bytes), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(ROWS, -(-COLUMNS // GROUP), generator=generator) + 0.5
+    x = torch.randn(3, COLUMNS, generator=generator)
+    middle = 0.0 if LEVELS[bits] else 2.0 ** (bits - 1)
+    layout = (bits, GROUP, "f32", LEVELS[bits], middle)
+    stored = scales.view(torch.uint8)
+    W = dequantize_reference(codes, stored, None, None, COLUMNS, *layout, torch.float32)
+    pointers = (codes.data_ptr(), scales.data_ptr(), None, None, None)
+    weight = make_weight(pointers, (ROWS, COLUMNS), *layout)
+    projection = Projection(weight, Adapter(), None, 0)
+    dense, y = torch.full_like(W, torch.nan), torch.full((3, ROWS), torch.nan)
+    call, by = library.functions, ctypes.byref
+    library.check(call.loftq_dequantize(by(team), by(weight), 0, dense.data_ptr()))
+    library.check(call.loftq_project(by(team), by(projection), 1, x.data_ptr(), 3, 0, y.data_ptr()))
+    return torch.equal(dense, W) and _is_close(y, x.double() @ W.double().T)
+
+
+def _is_close(y: Tensor, exact: Tensor) -> bool:
+    return bool((y - exact).norm() <= ERROR * exact.norm())
