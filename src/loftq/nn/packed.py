@@ -124,10 +124,13 @@ class PackedLayer(nn.Module):
             self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
             self.packed_shape[1], *self.layout,
         )  # fmt: skip
+        found = list(panels(packed, start, stop))
+        if len(found) == 1:  # a second copy of it would be the largest tensor of the loss
+            return dequantize(*found[0][1].arguments, dtype)
         dense = torch.empty(
             (stop - start, packed.in_features), dtype=dtype, device=packed.codes.device
         )
-        for first, panel in panels(packed, start, stop):
+        for first, panel in found:
             part = dense[first - start : first - start + panel.codes.shape[0]]
             part.copy_(dequantize(*panel.arguments, dtype))
         return dense
