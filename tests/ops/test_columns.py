@@ -61,9 +61,23 @@ def check(device, formats=FORMATS, shapes=SHAPES):
                     assert torch.equal(part.cpu(), other), (name, shape, spread)
 
 
-def test_kernels_equal_the_reference_interpreted():
+def check_trials():
+    """A trial passes the kernels, and fails one that codes every value alike."""
+    from loftq.ops.triton import probe
+
+    cpu = torch.device("cpu")
+    assert probe.columns_are_right(cpu)
+    assert probe.integer_search_is_right(cpu)
+    probe.descend_columns = lambda Q, *_: (torch.zeros_like(Q, dtype=torch.uint8), Q)
+    probe.search_integer_scales = lambda x, widest, zeros, *_, **__: (2 * widest, zeros)
+    assert not probe.columns_are_right(cpu)
+    assert not probe.integer_search_is_right(cpu)
+
+
+@pytest.mark.parametrize("check", ["check('cpu', **t.INTERPRETED)", "check_trials()"])
+def test_kernels_and_trials_interpreted(check):
     pytest.importorskip("triton", reason="needs triton")
-    code = "import test_columns as t; t.check('cpu', **t.INTERPRETED); print('same')"
+    code = f"import test_columns as t; t.{check}; print('same')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(

@@ -32,11 +32,18 @@ def search_kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
 
 def integer_search_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The Triton search of scale and zero where it applies to rows `x`, else None."""
-    if why_no_search_kernel(x):
+    if why_no_search_kernel(x) or _why_no_integer_search(x.device):
         return None
     from loftq.ops.triton.scale_search import search_integer_scales
 
     return search_integer_scales
+
+
+@lru_cache
+def _why_no_integer_search(device: torch.device) -> str:
+    from loftq.ops.triton.probe import integer_search_is_right
+
+    return _trial(integer_search_is_right, device)
 
 
 def why_no_search_kernel(x: Tensor) -> str:
@@ -79,7 +86,14 @@ def why_no_columns_kernel(block: Tensor) -> str:
     """Reason that a block of columns is swept in plain PyTorch, column by column; "" if not."""
     if block.shape[-1] > MOST_COLUMNS:
         return f"a block of {block.shape[-1]} columns is too wide, the kernel holds {MOST_COLUMNS}"
-    return why_no_triton(block.device)
+    return why_no_triton(block.device) or _why_no_columns(block.device)
+
+
+@lru_cache
+def _why_no_columns(device: torch.device) -> str:
+    from loftq.ops.triton.probe import columns_are_right
+
+    return _trial(columns_are_right, device)
 
 
 def dequantize_kernel(packed: Tensor, group_size: int) -> Callable[..., Tensor] | None:
@@ -162,8 +176,13 @@ def _why_no_permute(device: torch.device) -> str:
         return "matrix instructions for bfloat16 need compute capability 8.0"
     from loftq.ops.triton.probe import levels_are_right
 
+    return _trial(levels_are_right, device)
+
+
+def _trial(is_right: Callable[[torch.device], bool], device: torch.device) -> str:
+    """Reason that a kernel is not used on this device; "" if a trial of it came out right."""
     try:
-        right = levels_are_right(device)
+        right = is_right(device)
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel; an exception is not kept
     except Exception as error:  # a compiler that refuses the assembly: anything is raised

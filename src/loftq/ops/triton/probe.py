@@ -1,17 +1,29 @@
-"""A trial of the few-token product: assembly and layouts are checked on the machine itself.
+"""Trials of kernels: assembly, layouts and compiler are checked on the machine itself.
 
-One 16 x 64 weight a width, whose rows hold every code, against the portable decode.
+Each compares a small problem with the portable decode or with plain PyTorch.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
+from loftq.ops.columns import descend_columns_reference, round_columns_reference
+from loftq.ops.triton.columns import descend_columns, round_columns
 from loftq.ops.triton.linear import small_linear
+from loftq.ops.triton.scale_search import search_integer_scales
+
+SHARE = 0.98
+"""Of the results that must agree: a sum in another order may tip a value that lies between two."""
 
 
 def levels_are_right(device: torch.device) -> bool:
-    """Whether the fast decode gives the portable one's values for 4, 3 and 2 bits."""
+    """Whether the fast decode gives the portable one's values for 4, 3 and 2 bits.
+
+    One 16 x 64 weight a width, whose rows hold every code.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 64, generator=generator).to(device, torch.bfloat16)
     scale = torch.full((16, 1), 1.0).view(torch.uint8).to(device)
@@ -23,3 +35,49 @@ def levels_are_right(device: torch.device) -> bool:
         if not torch.allclose(fast, slow, rtol=0.05, atol=0.05):  # both round to bfloat16
             return False
     return True
+
+
+def columns_are_right(device: torch.device) -> bool:
+    """Whether sweeps over a block of 32 x 64 give the codes and values of the reference."""
+    generator = torch.Generator().manual_seed(0)
+    W, G = torch.randn(2, 1, 32, 64, generator=generator).to(device)
+    x = torch.randn(256, 64, generator=generator).to(device)
+    gram = (x.mT @ x / 256 + 0.01 * torch.eye(64, device=device))[None]
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram)).mT.contiguous()
+    scales = (0.5 + torch.rand(1, 32, 1, generator=generator)).to(device)
+    grids = (
+        (scales, None, torch.linspace(-1, 1, 4, device=device), 3),
+        (scales, torch.full_like(scales, 2), None, 3),
+    )
+    return all(
+        _agree(kernel(*inputs, *grid), reference(*inputs, *grid))
+        for grid in grids
+        for kernel, reference, inputs in (
+            (round_columns, round_columns_reference, (W, factor)),
+            (descend_columns, descend_columns_reference, (W, G, gram)),
+        )
+    )
+
+
+def integer_search_is_right(device: torch.device) -> bool:
+    """Whether the search of scale and zero leaves the errors of a plain search over 64 groups."""
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    low, high = x.amin(-1), x.amax(-1)
+    widest = (high - low) / 3
+    zeros = (-low / widest).round()
+    ratios = torch.tensor([0.6, 0.8, 1.0], device=device)
+    found = search_integer_scales(x, widest, zeros, ratios, top=3, shifts=1)
+    tried = [_squared_error(x, widest * ratio, zeros) for ratio in ratios]
+    return _agree([_squared_error(x, *found)], [torch.stack(tried).amin(0)])
+
+
+def _squared_error(x: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    s, z = scales[:, None], zeros[:, None]
+    return (x - ((x / s + z).round().clamp(0, 3) - z) * s).square().sum(-1)
+
+
+def _agree(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+    return all(
+        torch.isclose(a.float(), b.float(), rtol=1e-3, atol=1e-4).float().mean().item() >= SHARE
+        for a, b in zip(found, wanted, strict=True)
+    )
