@@ -11,7 +11,13 @@ from loftq.ops.cpu import build
 from loftq.ops.cpu.build import BuildError, build_library, built_library
 from loftq.ops.cpu.library import ISA, NOT_BUILT, find_library, forget_library, why_no_library
 from loftq.ops.cpu.probe import values_are_right
-from loftq.ops.dispatch import MOST_TOKENS_CPU, small_linear_kernel, why_no_small_linear
+from loftq.ops.dispatch import (
+    LARGE_WEIGHT,
+    MOST_TOKENS_CPU,
+    MOST_TOKENS_LARGE_CPU,
+    small_linear_kernel,
+    why_no_small_linear,
+)
 from loftq.ops.reference import dequantize_reference
 
 CODES = torch.zeros(2, 32, dtype=torch.uint8)
@@ -132,7 +138,10 @@ def test_the_dispatcher_says_why_a_weight_is_dequantized(library):
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
     assert why_no_small_linear(x, CODES, 4, 64) == ""
     assert "torch.float64" in why_no_small_linear(x.double(), CODES, 4, 64)
-    assert "a gradient" in why_no_small_linear(x.clone().requires_grad_(), CODES, 4, 64)
     assert "whole tensor" in why_no_small_linear(x, CODES, 4, -1)
     many = torch.zeros(MOST_TOKENS_CPU + 1, 64)
     assert f"above {MOST_TOKENS_CPU}" in why_no_small_linear(many, CODES, 4, 64)
+    large = CODES[:1].expand(LARGE_WEIGHT // 64, -1)
+    assert why_no_small_linear(many, large, 4, 64) == ""
+    more = torch.zeros(MOST_TOKENS_LARGE_CPU + 1, 64)
+    assert f"above {MOST_TOKENS_LARGE_CPU}" in why_no_small_linear(more, large, 4, 64)

@@ -172,12 +172,13 @@ def test_the_operators_use_the_library_and_pass_opcheck(library, monkeypatch, ge
     stored, layout = packed("int4", 24, 128)
     x = torch.randn(3, 128, generator=generator)
     adapter = (torch.randn(2, 128), torch.randn(24, 2), 0.5)
-    assert torch.equal(quant_linear(x, *stored, *layout), small_linear(x, *stored, *layout))
+    found = quant_linear(x, *stored, *layout, inference=True)
+    assert torch.equal(found, small_linear(x, *stored, *layout))
     assert torch.equal(
         quant_linear_lora(x[None], *stored, *layout, *adapter)[0],
         small_linear(x, *stored, *layout, *adapter),
     )
-    torch.library.opcheck(quant_linear, (x, *stored, *layout))
+    torch.library.opcheck(quant_linear, (x, *stored, *layout, True))
     torch.library.opcheck(quant_linear_lora, (x, *stored, *layout, *adapter))
     torch.library.opcheck(dequantize, (*stored, 128, *layout, torch.bfloat16))
 

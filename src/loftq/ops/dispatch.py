@@ -14,8 +14,10 @@ from loftq.ops.reference import PER_TENSOR
 
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
-MOST_TOKENS_CPU = 16
-"""The same on a CPU (benchmarks/results/cpu.md)."""
+MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
+"""The same on a CPU (benchmarks/results/cpu.md), and for weights of at least LARGE_WEIGHT."""
+LARGE_WEIGHT = 1 << 22
+"""Weights whose dense copy is fresh memory each time: its first touch costs more than decoding."""
 
 MOST_COLUMNS = 256
 """Columns that a sweep over columns holds in registers: a row of the longest group."""
@@ -137,7 +139,7 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     """Reason that x (..., in_features) meets a dequantized weight in BLAS; "" if it does not."""
     tokens, columns = x.shape[:-1].numel(), x.shape[-1]
     if packed.device.type == "cpu":
-        return _why_no_small_linear_on_cpu(x, group_size)
+        return _why_no_small_linear_on_cpu(x, packed.shape[0], group_size)
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if not 0 < tokens <= MOST_TOKENS:
@@ -151,12 +153,14 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     return why_no_kernels(packed.device)
 
 
-def _why_no_small_linear_on_cpu(x: Tensor, group_size: int) -> str:
+def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:
     tokens, dtypes = x.shape[:-1].numel(), (torch.float32, torch.float16, torch.bfloat16)
+    large = rows * x.shape[-1] >= LARGE_WEIGHT
+    most = MOST_TOKENS_LARGE_CPU if large else MOST_TOKENS_CPU
     if x.dtype not in dtypes:
         return f"activations are {x.dtype}, the library takes float32, float16 and bfloat16"
-    if not 0 < tokens <= MOST_TOKENS_CPU:
-        return f"{tokens} tokens: above {MOST_TOKENS_CPU}, dequantize + BLAS is faster"
+    if not 0 < tokens <= most:
+        return f"{tokens} tokens: above {most}, dequantize + BLAS is faster"
     if group_size == PER_TENSOR:
         return "one scale for the whole tensor, which no kernel holds"
     return why_no_library()

@@ -118,6 +118,7 @@ def run_comparison(
     for place, cell in enumerate(planned, 1):
         row = found[cell.name]
         if row is not None and (row.status == DONE or not retry):
+            _tidy(folders.run(cell))  # a kill may have come between the row and this
             continue
         with folders.locked(cell.name) as ours:
             row = folders.store.find(cell)
