@@ -69,7 +69,7 @@ def test_gptq_with_an_identity_gram_is_rounding_to_nearest(name):
     assert torch.equal(values, expected)
 
 
-@pytest.mark.parametrize("name", ["qera-approx", "qera-exact", "eora", "cloq"])
+@pytest.mark.parametrize("name", ["qera-approx", "qera-exact", "eora", "cloq-core"])
 def test_white_inputs_give_loftqs_step(name):
     step = METHODS["loftq"].with_options(iterations=1, solver="exact").solve(problem())
     same(solved(name, problem(known=white())), step)
@@ -125,7 +125,7 @@ def test_the_closed_form_beats_a_thousand_perturbations(root):
 def test_eora_is_cloq_through_the_eigenspace():
     case = problem(known=statistics(), **FEW_BITS)
     damping = {"metric_damping": 1e-2}
-    same(solved("eora", case, **damping), solved("cloq", case, **damping))
+    same(solved("eora", case, **damping), solved("cloq-core", case, **damping))
 
 
 def test_least_squares_rounds_are_quailoras_equations():
@@ -204,7 +204,7 @@ def test_the_rank_that_projq_rounds_for_is_not_that_of_the_correction():
 
 def test_projq_is_ahead_of_gptq_with_the_correction_that_it_looks_ahead_to():
     case = problem(known=statistics(), **FEW_BITS)
-    projq, cloq = solved("projq", case).records, solved("cloq", case).records
+    projq, cloq = solved("projq", case).records, solved("cloq-core", case).records
     assert all(p.output_error < c.output_error for p, c in zip(projq, cloq, strict=True))
 
 

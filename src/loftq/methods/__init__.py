@@ -2,7 +2,7 @@
 
 from loftq.methods.base import LayerRecord, LayerSolution, Method
 from loftq.methods.caldera import CALDERA
-from loftq.methods.cloq import CLOQ
+from loftq.methods.cloq import CLOQ, CLOQ_CORE
 from loftq.methods.corda import CORDA
 from loftq.methods.eora import EORA
 from loftq.methods.fast import FAST
@@ -28,6 +28,7 @@ _ROWS = (
     QUAILORA,
     EORA,
     CLOQ,
+    CLOQ_CORE,
     PROJQ,
     SRR,
     CORDA,
