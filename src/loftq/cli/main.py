@@ -41,13 +41,13 @@ app.command(short_help="Say what quantizing would take and give; reads headers o
 app.command(short_help="Quantize a model: packed weights and the adapter start.")(quantize)
 app.command(short_help="Fine-tune a model, packed or not, on your own data.")(train)
 app.add_typer(
-    eval_app, name="eval", short_help="Score a model: perplexity, and what `--to lora` costs."
+    eval_app, name="eval", short_help="Score a model: tasks, perplexity, what `--to lora` costs."
 )
 app.command(short_help="Talk to a run or an output.")(chat)
 app.command(short_help="Lay an output out for another engine.")(export)
 app.command(short_help="Show what an output holds, and verify it.")(inspect)
 app.command(short_help="Check this machine: packages, GPU, disk, memory.")(doctor)
-app.add_typer(lab_app, name="lab", short_help="Experiments: the demo, all methods, recipes.")
+app.add_typer(lab_app, name="lab", short_help="Experiments: methods side by side, the demo, recipes.")
 
 
 def _version(value: bool) -> None:
