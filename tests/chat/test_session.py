@@ -98,3 +98,22 @@ def test_an_unknown_way_to_hold_weights_is_refused(work: Path) -> None:
 
 def test_a_plain_model_has_nothing_to_unpack(work: Path) -> None:
     assert open_session(work / "source", device="cpu").weights is None
+
+
+def test_steps_that_cannot_be_captured_are_left_to_generate(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = talker(work).reply("one two").answer.text
+    monkeypatch.setattr(session, "why_not_stepwise", lambda model: "")
+    talk = talker(work)
+    assert talk.reply("one two").answer.text == wanted
+    assert talk._decoder is not None
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(session, "decoder_for", fails)
+    talk = talker(work)
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing. Decoding"):
+        assert talk.reply("one two").answer.text == wanted
+    assert talk.reply("one").answer.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,10 +111,14 @@ class Session:
 
     def _decoder_for(self, tokens: int) -> GraphDecoder | None:
         if not self.why_not_stepwise:
-            opened = self.opened
-            self._decoder = decoder_for(
-                opened.model, tokens, before=self._decoder, limit=opened.context
-            )
+            try:
+                self._decoder = decoder_for(
+                    self.opened.model, tokens, before=self._decoder, limit=self.opened.context
+                )
+            except RuntimeError as error:
+                self._decoder = None
+                self.why_not_stepwise = f"a step cannot be captured: {str(error).splitlines()[0]}"
+                warnings.warn(f"{self.why_not_stepwise}. Decoding without graphs.", stacklevel=3)
         return self._decoder
 
     def reset(self) -> None:

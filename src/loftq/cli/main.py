@@ -47,7 +47,7 @@ app.command(short_help="Talk to a run or an output.")(chat)
 app.command(short_help="Lay an output out for another engine.")(export)
 app.command(short_help="Show what an output holds, and verify it.")(inspect)
 app.command(short_help="Check this machine: packages, GPU, disk, memory.")(doctor)
-app.add_typer(lab_app, name="lab", short_help="Experiments: methods side by side, the demo, recipes.")
+app.add_typer(lab_app, name="lab", short_help="Experiments: comparisons, the demo, recipes.")
 
 
 def _version(value: bool) -> None:

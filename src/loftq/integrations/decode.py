@@ -59,8 +59,7 @@ class GraphDecoder:
                 f"prompts of shape {tuple(tokens.shape)}: expected ({self.batch}, 1 to "
                 f"{self.max_length - 1})."
             )
-        if self._graph is None and self.device.type == "cuda":
-            self._capture()
+        self.capture()
         self._cache.reset()
         self.length = tokens.shape[1]
         output = self.model(
@@ -109,8 +108,16 @@ class GraphDecoder:
         output = self.model(input_ids=self._token, past_key_values=self._cache)
         return output.logits[:, -1]
 
-    def _capture(self) -> None:
-        """Record one step. Trial steps first: they allocate the cache and compile the kernels."""
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Record one step, unless that was done; nothing on a CPU. `prefill` does it by itself.
+
+        Raises:
+            RuntimeError: the step waits for the host or does not fit the memory.
+        """
+        if self._graph is not None or self.device.type != "cuda":
+            return
+        # Trial steps first: they allocate the cache and compile the kernels.
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):

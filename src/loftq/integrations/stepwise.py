@@ -50,13 +50,18 @@ def decoder_for(
         tokens: of prompt and answer together.
         before: the decoder of an earlier answer of this model.
         limit: the most tokens that the model can hold; None = unknown.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
     """
     if before is not None and before.model is model and before.max_length >= tokens:
         return before
     rounded = -(-tokens // ROOM) * ROOM
     length = max(tokens, rounded if limit is None else min(rounded, limit))
     prepare_for_inference(model)
-    return GraphDecoder(model, max_length=length)
+    decoder = GraphDecoder(model, max_length=length)
+    decoder.capture()
+    return decoder
 
 
 @torch.no_grad()
