@@ -7,7 +7,6 @@ with what was interrupted.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from loftq.tasks.table import find_task
 from loftq.train import resume
 from loftq.train.base import backbone_folder, locate, own_tokenizer, require_calibration, settle
 from loftq.train.config import missing_packages
-from loftq.train.errors import TrainError
-from loftq.train.folder import begin, claimed, refuse_differences, refuse_own_output
+from loftq.train.folder import begin, claimed, refuse_differences, refuse_others, refuse_own_output
 from loftq.train.listener import Listener
 from loftq.train.place import Place
 
@@ -102,7 +100,8 @@ def train_task(
             listener=told,
             checkpoint=checkpoint,
         )
-        return session.carry_out()
+        session.carry_out()
+        return read_task_result(run, resumed=session.first_step)
 
 
 def _start(
@@ -148,26 +147,12 @@ def _record(
 ) -> None:
     """The records that say what this is, before anything takes time."""
     if resumed:
-        _refuse_others(run, start, inputs)
+        refuse_others(run, digest=inputs.digest, backbone=start.base.backbone)
     if place.is_main:
         resume.write_record(run.config, settings)
         resume.write_record(run.path / "base.json", start.record())
         counts = inputs.shown(0).counts.to_dict()
         resume.write_record(run.data, {**counts, "digest": inputs.digest})
-
-
-def _refuse_others(run: RunFolder, start: Start, inputs: TaskInputs) -> None:
-    then = json.loads(run.data.read_text(encoding="utf-8")).get("digest")
-    if then != inputs.digest:
-        raise TrainError(
-            f"{run.path}: holds an unfinished run on other data: the files have changed, or they "
-            "are tokenized differently. Restore the data, or start anew with --overwrite."
-        )
-    if run.base().backbone != start.base.backbone:
-        raise TrainError(
-            f"{run.path}: holds an unfinished run on another backbone. Give the same model, or "
-            "start anew with --overwrite."
-        )
 
 
 def _require(chosen: Chosen, task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,25 @@ def refuse_own_output(model: str, run: RunFolder) -> None:
     """Refuse to write a run over the one that it goes on from."""
     if (run.path / "base.json").is_file() and Path(model).resolve() == run.path.resolve():
         raise TrainError(f"{model}: MODEL is the run itself. Choose another folder with -o.")
+
+
+def refuse_others(run: RunFolder, *, digest: str, backbone: str) -> None:
+    """Refuse to go on with a run that began with other rows or another backbone.
+
+    Raises:
+        TrainError: saying which.
+    """
+    if json.loads(run.data.read_text(encoding="utf-8")).get("digest") != digest:
+        raise TrainError(
+            f"{run.path}: holds an unfinished run on other data: a file has changed, or it is "
+            "tokenized differently. Restore the data, or start anew with --overwrite."
+        )
+    then = run.base().backbone
+    if then != backbone:
+        raise TrainError(
+            f"{run.path}: holds an unfinished run on backbone {then[:12]}, and this one is "
+            f"{backbone[:12]}. Give the same model, or start anew with --overwrite."
+        )
 
 
 def begin(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loftq.integrations.run_folder import RunFolder
-from loftq.train.base import Base
 from loftq.train.data import DataSettings, Prepared, prepare
 from loftq.train.errors import TrainError
 from loftq.train.place import Place
@@ -44,25 +41,6 @@ class Inputs:
         rows = self.prepared.train
         first = rows.select(range(min(WATCHED_ROWS, len(rows))))
         return stop_tokens(self.tokenizer, map(_trained_part, first))
-
-    def refuse_others(self, run: RunFolder, base: Base) -> None:
-        """Refuse to go on with a run that began with other rows or another backbone.
-
-        Raises:
-            TrainError: saying which.
-        """
-        then = json.loads(run.data.read_text(encoding="utf-8")).get("digest")
-        if then != self.digest:
-            raise TrainError(
-                f"{run.path}: holds an unfinished run on other data: the file has changed, or it "
-                "is tokenized differently. Restore the data, or start anew with --overwrite."
-            )
-        backbone = run.base().backbone
-        if backbone != base.backbone:
-            raise TrainError(
-                f"{run.path}: holds an unfinished run on backbone {backbone[:12]}, and this one is "
-                f"{base.backbone[:12]}. Give the same model, or start anew with --overwrite."
-            )
 
 
 def read_inputs(

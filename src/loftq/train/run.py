@@ -24,7 +24,7 @@ from loftq.train.base import (
 from loftq.train.budget import fit_to
 from loftq.train.config import TrainConfig, missing_packages
 from loftq.train.errors import TrainError
-from loftq.train.folder import begin, claimed, refuse_differences, refuse_own_output
+from loftq.train.folder import begin, claimed, refuse_differences, refuse_others, refuse_own_output
 from loftq.train.inputs import Inputs, read_inputs
 from loftq.train.listener import Listener
 from loftq.train.options import split_options
@@ -126,7 +126,8 @@ def train(
             listener=told,
             checkpoint=checkpoint,
         )
-        return session.carry_out()
+        session.carry_out()
+        return read_result(run, resumed=session.first_step)
 
 
 def _record(
@@ -140,7 +141,7 @@ def _record(
 ) -> None:
     """The records that say what this is, before anything takes time."""
     if resumed:
-        inputs.refuse_others(run, base)
+        refuse_others(run, digest=inputs.digest, backbone=base.backbone)
     if place.is_main:
         resume.write_record(run.config, settings)
         resume.write_record(run.path / "base.json", base.record())
