@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loftq.integrations.run_folder import RunFolder
+from loftq.train.padding import pad
 
 CLOSING = 3
 """A turn ends within so many tokens: its end mark, and perhaps a line break."""
@@ -23,22 +23,26 @@ def answer(
     *,
     tokens: int,
     stop: Sequence[int],
+    beams: int = 1,
 ) -> list[str]:
-    """Greedy continuations of all prompts, in one batch.
+    """Greedy or beam-searched answers to all prompts, in one batch.
 
     Args:
-        model: a causal language model, on any device; its mode is kept.
+        model: a causal or an encoder-decoder model, on any device; its mode is kept.
         tokenizer: its tokenizer, with a pad token.
         prompts: token ids of each prompt.
         tokens: the most tokens of an answer.
         stop: ids that end an answer.
+        beams: 1 = greedy.
 
     Returns:
         One text per prompt, special tokens left out.
     """
     if not prompts:
         return []
-    ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
+    left = not getattr(model.config, "is_encoder_decoder", False)
+    ids = pad(prompts, tokenizer.pad_token_id, left=left)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=left)
     device, training = next(model.parameters()).device, model.training
     model.eval()
     with torch.no_grad():
@@ -46,6 +50,7 @@ def answer(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=tokens,
+            num_beams=beams,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -55,7 +60,9 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(training)
-    return tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+    answers = found[:, ids.shape[1] :] if left else found
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
 
 
 def stop_tokens(tokenizer: Any, rows: Iterable[Sequence[int]]) -> list[int]:
@@ -89,13 +96,3 @@ def earlier_samples(
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if answered and asked == list(rows) else None
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask

@@ -9,18 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq.train.padding import pad
+
 IGNORED = -100
 """Label of a position that is not learnt."""
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
-    """(rows, longest) int64, filled up with `value`."""
-    width = max(map(len, rows))
-    found = torch.full((len(rows), width), value, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        found[i, at] = torch.tensor(row, dtype=torch.int64)
-    return found
 
 
 def pad_inputs(features: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from loftq.tasks.kinds.batches import IGNORED, in_batches, on_device, pad, pad_inputs, scoring
+from loftq.tasks.kinds.batches import IGNORED, in_batches, on_device, pad_inputs, scoring
+from loftq.train.padding import pad
+from loftq.train.samples import answer
 
 
 def joined(prompt: Sequence[int], completion: Sequence[int]) -> dict[str, list[int]]:
@@ -96,28 +97,11 @@ def generate(
         batch_size: prompts at a time.
         on_batch: see `in_batches`.
     """
-    both = bool(getattr(model.config, "is_encoder_decoder", False))
+    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def run(batch: Sequence[Mapping[str, Any]]) -> list[str]:
-        rows = [feature["input_ids"] for feature in batch]
-        left = not both
-        mask = pad([[1] * len(row) for row in rows], 0, left=left)
-        given = {"input_ids": pad(rows, tokenizer.pad_token_id, left=left), "attention_mask": mask}
-        found = model.generate(
-            **on_device(given, model),
-            max_new_tokens=tokens,
-            num_beams=beams,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        answers = found if both else found[:, given["input_ids"].shape[1] :]
-        texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return texts
+        prompts = [feature["input_ids"] for feature in batch]
+        return answer(model, tokenizer, prompts, tokens=tokens, stop=stop, beams=beams)
 
-    with scoring(model), torch.no_grad():
+    with scoring(model):
         return in_batches([{"input_ids": ids} for ids in inputs], batch_size, run, on_batch)
