@@ -75,7 +75,8 @@ def compare(
     if recipe is None:
         _list(as_json=as_json)
         return
-    axes = {"methods": _words(methods), "tasks": _words(tasks), "seeds": seeds, "model": model}
+    named = (options.split_names(given or ()) or None for given in (methods, tasks))
+    axes = {**dict(zip(("methods", "tasks"), named, strict=True)), "seeds": seeds, "model": model}
     with console.answering(as_json=as_json):
         from loftq.lab.compare.recipe import load_recipe
 
@@ -109,12 +110,6 @@ def _list(*, as_json: bool) -> None:
     out = console.screen()
     out.print(lines)
     out.print("loftq lab compare NAME --dry-run says what one would take.", style="dim")
-
-
-def _words(values: list[str] | None) -> list[str] | None:
-    """Words given one by one or separated by commas; None = not given."""
-    found = [word.strip() for value in values or [] for word in value.split(",") if word.strip()]
-    return found or None
 
 
 def _changed(recipe: CompareRecipe, axes: dict[str, Any], words: list[str]) -> CompareRecipe:

@@ -36,9 +36,7 @@ add_tasks(app)
 
 @app.command()
 def ppl(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="OUT of quantize, RUN of train, or a plain model.")
-    ],
+    path: options.Scored,
     data: Annotated[Path, typer.Option(help="Text: .txt, .raw (WikiText) or .jsonl, also .gz.")],
     settings: Annotated[
         list[str] | None,
@@ -53,14 +51,14 @@ def ppl(
     windows: Annotated[
         int | None, typer.Option(help="Score only the first windows. Default: all.")
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder, or none. Default: RUN's, else the start.")
-    ] = None,
+    adapter: options.AdapterOf = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Perplexity by the protocol of the quantization papers; its parameters stand beside it."""
-    chosen = options.parse_pairs(settings or (), {"batch": _batch, "dtype": options.dtype_name})
+    chosen = options.parse_pairs(
+        settings or (), {"batch": options.positive, "dtype": options.dtype_name}
+    )
     with console.answering(as_json=as_json):
         from loftq.cli.progress import Bar
         from loftq.eval import protocol_perplexity, read_rows, split_of
@@ -91,12 +89,6 @@ def ppl(
         f"{result.tokens:,} predicted tokens"
     )
     out.print(f"  {path}, adapter {about['adapter']}, {about['dtype']} on {about['device']}")
-
-
-def _batch(value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise ValueError("expected a whole number of at least 1")
-    return int(value)
 
 
 def _load(

@@ -89,17 +89,11 @@ def scores_table(metrics: Any) -> Any:
     return shown
 
 
-def _positive(value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise ValueError("expected a whole number of at least 1")
-    return int(value)
-
-
 KEYS = {
-    "batch_size": _positive,
-    "max_length": _positive,
-    "answer_tokens": _positive,
-    "beams": _positive,
+    "batch_size": options.positive,
+    "max_length": options.positive,
+    "answer_tokens": options.positive,
+    "beams": options.positive,
     "dtype": options.dtype_name,
 }
 

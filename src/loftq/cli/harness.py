@@ -10,9 +10,7 @@ from loftq.cli import console, options
 
 
 def harness(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="OUT of quantize, RUN of train, or a plain model.")
-    ],
+    path: options.Scored,
     tasks: Annotated[str, typer.Option(help="Its tasks or groups, separated by commas.")],
     settings: Annotated[
         list[str] | None,
@@ -24,9 +22,7 @@ def harness(
     include: Annotated[
         str | None, typer.Option(help="Folder with tasks of your own (its YAML files).")
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder, or none. Default: RUN's, else the start.")
-    ] = None,
+    adapter: options.AdapterOf = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -37,7 +33,7 @@ def harness(
 
         found = run_harness(
             path,
-            tuple(name.strip() for name in tasks.split(",") if name.strip()),
+            options.split_names([tasks]),
             limit=limit,
             include=include,
             adapter=adapter,

@@ -55,6 +55,12 @@ Engine = Annotated[
     typer.Option("--for", help="Pick a format that transformers, vllm or llama.cpp can hold."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU if any.")]
+Scored = Annotated[
+    str, typer.Argument(metavar="PATH", help="OUT of quantize, RUN of train, or a plain model.")
+]
+AdapterOf = Annotated[
+    str | None, typer.Option(help="Adapter folder, or none. Default: RUN's, else the start.")
+]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. Default 0.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with the same keys; flags win over it.")
@@ -153,6 +159,22 @@ def parse_pairs(words: Iterable[str], known: Mapping[str, Callable[[str], Any]])
         except ValueError as error:
             raise typer.BadParameter(f"{key}={value}: {error}") from error
     return found
+
+
+def split_names(items: Iterable[str]) -> tuple[str, ...]:
+    """Names given one by one or separated by commas."""
+    return tuple(name.strip() for item in items for name in item.split(",") if name.strip())
+
+
+def positive(value: str) -> int:
+    """Check a count of at least 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError("expected a whole number of at least 1")
+    return int(value)
 
 
 def dtype_name(value: str) -> str:
@@ -269,7 +291,7 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise ValueError(f"{key}={value!r}: expected names or patterns.")
-    return tuple(name.strip() for item in items for name in item.split(",") if name.strip())
+    return split_names(items)
 
 
 def _mapping(key: str, value: Any) -> dict[str, str]:

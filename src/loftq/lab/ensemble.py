@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from loftq.eval import reliability as scores
 from loftq.integrations.gauge import rotated_start
 from loftq.tasks import TaskError, find_task, train_task
+from loftq.tasks.scores import bootstrapped
 from loftq.tasks.sources import read_split, some
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,20 +133,15 @@ def score_ensemble(
 
 def quality(probabilities: NDArray[Any], labels: NDArray[Any]) -> Quality:
     """All scores of probabilities (rows, classes) against labels (rows,)."""
-    import numpy as np
-
-    random, count = np.random.default_rng(0), len(labels)
-    draws = [
-        scores.calibration_error(probabilities[chosen], labels[chosen])
-        for chosen in (random.integers(0, count, count) for _ in range(RESAMPLES))
-    ]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    ece = bootstrapped(
+        lambda chosen: scores.calibration_error(probabilities[chosen], labels[chosen]), len(labels)
+    )
     return Quality(
         accuracy=scores.accuracy(probabilities, labels),
         nll=scores.negative_log_likelihood(probabilities, labels),
         brier=scores.brier(probabilities, labels),
-        ece=scores.calibration_error(probabilities, labels),
-        ece_interval=(float(low), float(high)),
+        ece=ece.value,
+        ece_interval=(ece.low, ece.high),
     )
 
 

@@ -143,7 +143,7 @@ def locate(model: str, options: Mapping[str, Any], *, cache: Path | None) -> Loc
     planned = api.plan(model, **options)
     stem = re.sub(r"[^\w.-]+", "-", Path(model).name or "model")
     out = (cache or cache_folder()) / f"{stem}-{planned.fingerprint[:12]}"
-    made = _is_made(out)
+    made = is_made(out)
     return Located(
         model=model,
         folder=folder,
@@ -166,7 +166,7 @@ def settle(found: Located, options: Mapping[str, Any], listener: Listener) -> Ba
         LineageError: the adapter belongs to another backbone.
         ValueError: a weight that cannot be quantized.
     """
-    if found.planned is not None and not _is_made(found.out):  # nor by another process meanwhile
+    if found.planned is not None and not is_made(found.out):  # nor by another process meanwhile
         listener.quantizing(found.planned, found.out)
         found.out.parent.mkdir(parents=True, exist_ok=True)
         api.quantize(
@@ -194,7 +194,8 @@ def settle(found: Located, options: Mapping[str, Any], listener: Listener) -> Ba
     )
 
 
-def _is_made(out: Path) -> bool:
+def is_made(out: Path) -> bool:
+    """Whether `out` holds a finished quantization."""
     return (out / "config.json").is_file() and not (out / JOURNAL).exists()
 
 

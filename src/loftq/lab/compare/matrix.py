@@ -27,7 +27,7 @@ from loftq.lab.compare.machine import describe_machine
 from loftq.lab.compare.recipe import CompareRecipe
 from loftq.lab.compare.store import DIVERGED, DONE, FAILED, Bytes, Row, RowStore
 from loftq.lab.compare.table import Comparison, compare, markdown
-from loftq.pipeline.run import JOURNAL
+from loftq.train.base import is_made
 from loftq.train.errors import Diverged
 
 LOCKS = "locks"
@@ -219,15 +219,11 @@ def _row(cell: Cell, folders: Folders, learner: Learner) -> Row:
 
 def _settle(cell: Cell, backbone: Path, folders: Folders, learner: Learner) -> None:
     """Have the backbone made, by this process or by the one that is making it."""
-    while not _is_made(backbone):
+    while not is_made(backbone):
         with folders.locked(backbone.name) as ours:
-            if ours and not _is_made(backbone):
+            if ours and not is_made(backbone):
                 learner.quantize(cell, backbone)
         time.sleep(0 if ours else PATIENCE)
-
-
-def _is_made(backbone: Path) -> bool:
-    return (backbone / "config.json").is_file() and not (backbone / JOURNAL).exists()
 
 
 def _claim(recipe: CompareRecipe, folders: Folders) -> None:

@@ -123,9 +123,11 @@ def fit(
     for options, step in candidates:
         subject = _subject(configure, options)
         # The weights alone rule most choices out, without a walk through the model.
-        if fixed_bytes(subject, step) > room or predict(subject, step).total > room:
+        if fixed_bytes(subject, step) > room:
             continue
         peak = predict(subject, step)
+        if peak.total > room:
+            continue
         if "checkpointing" not in fixed:
             step, peak = _without_checkpointing(subject, step, peak, room=room, start=start)
         return Fit(
