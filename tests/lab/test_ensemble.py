@@ -12,7 +12,7 @@ from loftq.lab.compare.recipe import load_recipe
 from loftq.lab.compare.standin import tiny
 from loftq.lab.compare.standin_rows import words, write_rows
 from loftq.lab.ensemble import score_ensemble, train_ensemble
-from loftq.tasks import TaskError
+from loftq.tasks import TaskError, evaluate
 
 pytest.importorskip("datasets")
 pytest.importorskip("sklearn")
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
     model = tiny(load_recipe("glue-mpnet").architecture, folder / "model", words())
     loftq.quantize(model, folder / "out", bits=2, rank=4, device="cpu")
-    write_rows(["rte", "stsb"], folder / "data")
+    write_rows(["rte", "mrpc", "dream", "stsb"], folder / "data")
     return folder
 
 
@@ -48,11 +48,21 @@ def test_members_differ_and_their_average_is_not_worse(place: Path, tmp_path: Pa
     made = (tmp_path / "members/0/task.json").stat().st_mtime_ns
     assert run() == found
     assert (tmp_path / "members/0/task.json").stat().st_mtime_ns == made
-    predictions = tmp_path / "members/1/predictions-validation.jsonl"
-    predictions.write_text(predictions.read_text().partition("\n")[0])
+    one = np.array([probabilities_of(tmp_path / f"members/{seed}") for seed in (0, 1)])
     runs = [tmp_path / "members/0", tmp_path / "members/1"]
-    with pytest.raises(TaskError, match="1 predictions for 24 rows"):
-        score_ensemble(runs, "rte", data=place / "data")
+    together = evaluate(tmp_path, "rte", data=place / "data", device="cpu").predictions
+    averaged = [row["probabilities"] for row in together["validation"]]
+    assert np.allclose(averaged, one.mean(0), atol=1e-4)
+    assert (tmp_path / "reliability.svg").read_text().startswith("<?xml")
+    foreign = score_ensemble(runs, "rte", data=place / "data", device="cpu", outside=["mrpc"])
+    assert 0 <= foreign.outside[0].entropy <= 1
+    assert foreign.ensemble == found.ensemble
+
+
+def probabilities_of(run: Path) -> list[list[float]]:
+    """Those that a member predicted alone, at the end of its training."""
+    lines = (run / "predictions-validation.jsonl").read_text().splitlines()
+    return [json.loads(line)["prediction"]["probabilities"] for line in lines]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -66,6 +76,16 @@ def test_the_command_shows_every_member_and_the_ensemble(
     out = capsys.readouterr().out
     for name in ("member 0", "member 1", "ensemble", "24 rows of rte (validation)"):
         assert name in out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_members_choose_among_answers_together(place: Path, tmp_path: Path) -> None:
+    found = train_ensemble(
+        place / "out", "dream", tmp_path, members=2, data=place / "data", device="cpu", **LITTLE
+    )
+    assert len(found.members) == 2
+    alone = evaluate(tmp_path / "members/1", "dream", data=place / "data", device="cpu")
+    assert alone.value == pytest.approx(found.members[1].accuracy)
 
 
 def test_an_ensemble_of_one_or_of_numbers_is_refused(place: Path, tmp_path: Path) -> None:

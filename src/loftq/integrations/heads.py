@@ -23,13 +23,14 @@ from loftq.nn import packed_layers
 if TYPE_CHECKING:
     from peft import PeftModel
 
-TASK_TYPES = {
+TASK_TYPES: Mapping[str, str | None] = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForMultipleChoice": None,
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
     "AutoModelForCausalLM": "CAUSAL_LM",
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
 }
-"""PEFT's name of what a class of transformers is for."""
+"""PEFT's name of what a class of transformers is for; None = it has none, and passes all on."""
 PREFIX = "base_model.model."
 """That PEFT puts before the paths of a model in its files."""
 

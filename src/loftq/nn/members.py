@@ -23,8 +23,10 @@ class MemberLinear(nn.Module):
         scaling: s, the factor before B A.
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
+    down: Tensor
+    """Aᵀ of all members, (members, in_features, rank): both are transposed once."""
+    up: Tensor
+    """s Bᵀ of all members, (members, rank, out_features)."""
 
     def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         super().__init__()
@@ -34,20 +36,19 @@ class MemberLinear(nn.Module):
                 "in_features) and (members, out_features, rank)."
             )
         self.base = base
-        # Transposed once, so that both products are plain batched ones.
-        self.register_buffer("lora_A", lora_A.mT.contiguous(), persistent=False)
-        self.register_buffer("lora_B", (scaling * lora_B).mT.contiguous(), persistent=False)
+        self.register_buffer("down", lora_A.mT.contiguous(), persistent=False)
+        self.register_buffer("up", (scaling * lora_B).mT.contiguous(), persistent=False)
 
     @property
     def members(self) -> int:
         """How many."""
-        return len(self.lora_A)
+        return len(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (members x rows, ..., in_features) -> (members x rows, ..., out_features)."""
         y: Tensor = self.base(x)
-        rows = x.reshape(self.members, -1, x.shape[-1]).to(self.lora_A.dtype)
-        correction = torch.bmm(torch.bmm(rows, self.lora_A), self.lora_B)
+        rows = x.reshape(self.members, -1, x.shape[-1]).to(self.down.dtype)
+        correction = torch.bmm(torch.bmm(rows, self.down), self.up)
         return y + correction.view(y.shape).to(y.dtype)
 
 

@@ -93,7 +93,7 @@ class Task(ABC):
     """Where the data comes from."""
 
     kind: ClassVar[str]
-    """classification, regression, spans, language, reasoning, summarization."""
+    """classification, regression, choice, spans, language, reasoning, summarization."""
     packages: ClassVar[tuple[str, ...]] = ()
     """That its metrics are taken from, beyond what loftq always has."""
     new_head: ClassVar[bool] = False

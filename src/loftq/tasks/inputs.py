@@ -65,6 +65,7 @@ class TaskInputs:
     def _counts(self) -> DataCounts:
         data, sizes = self.data, [len(f["input_ids"]) for f in self.train]
         held = [len(f["input_ids"]) for f in self.validation]
+        longest = [_longest(feature) for feature in (*self.train, *self.validation)]
         return DataCounts(
             format=self.task.kind,
             source=data.source,
@@ -76,7 +77,7 @@ class TaskInputs:
             trained_tokens=_learnt(self.train),
             held_out_tokens=sum(held),
             held_out_trained_tokens=_learnt(self.validation),
-            truncated=sum(size >= self.length for size in sizes + held),
+            truncated=sum(size >= self.length for size in longest),
             dropped=0,
             skipped=data.skipped,
             duplicates=0,
@@ -142,6 +143,11 @@ def _encoded(
         for start in range(0, len(rows), part)
         for feature in task.encode(rows[start : start + part], tokenizer, config, length)
     ]
+
+
+def _longest(feature: Mapping[str, Any]) -> int:
+    """Tokens that the model reads at once; a feature of several pieces says how long each is."""
+    return max(feature.get("sizes", [len(feature["input_ids"])]))
 
 
 def _learnt(features: Sequence[Mapping[str, Any]]) -> int:

@@ -14,21 +14,12 @@ from torch import nn
 from loftq.checkpoint.durable import publish, write_partial
 from loftq.integrations.causal import DTYPES
 from loftq.integrations.device import check_device, default_device
-from loftq.integrations.discover import load_config, load_tokenizer
-from loftq.integrations.heads import Headed, attach_start, load_headed
-from loftq.integrations.metrics import read_metrics
-from loftq.integrations.peft import load_adapter
-from loftq.integrations.run_folder import (
-    START,
-    RunFolder,
-    backbone_and_adapter,
-    open_run,
-    tokenizer_home,
-)
+from loftq.integrations.run_folder import tokenizer_home
 from loftq.integrations.source import resolve_source
 from loftq.tasks.base import Reading, Task, TaskError, TaskRow
+from loftq.tasks.opening import headed_for, open_for_task, with_adapter, with_tokenizer
 from loftq.tasks.sources import read_split, some
-from loftq.tasks.table import TASKS, find_task
+from loftq.tasks.table import find_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +68,8 @@ def evaluate(
     """Score a run of `train_task`, or a model that needs no new head for the task.
 
     Args:
-        path: RUN of train, OUT of quantize (with its start adapter), or a full-precision model.
+        path: RUN of train, OUT of quantize (with its start adapter), folder of an ensemble, or a
+            full-precision model.
         task: name of a row of TASKS, or a task of your own.
         split: published split to score; None = those that the task reports.
         data: folder laid out as LOFTQ_DATA; None = LOFTQ_DATA, else the hub.
@@ -104,7 +96,7 @@ def evaluate(
     parts = {name: some(read_split(chosen, name, data=data), limit) for name in names}
     for rows in parts.values():
         chosen.refuse_undefined(rows)
-    opened = _open(path, chosen, dtype)
+    opened = open_for_task(path, chosen, dtype)
     opened.model.to(where).eval()
     reading = Reading(
         batch_size=batch_size,
@@ -174,117 +166,13 @@ def load_task_model(
     """
     chosen = find_task(task) if isinstance(task, str) else task
     if adapter is None:
-        opened = _open(path, chosen, dtype)
+        opened = open_for_task(path, chosen, dtype)
         return opened.model.eval(), opened.tokenizer
     folder, trained = resolve_source(path), Path(adapter)
-    headed, _ = _headed(folder, chosen, dtype)
-    model = _with_adapter(headed.model, trained, packed=True)
-    found = _opened(model, tokenizer_home(folder, trained), trained.name, {})
+    headed, _ = headed_for(folder, chosen, dtype)
+    model = with_adapter(headed.model, trained, packed=True)
+    found = with_tokenizer(model, tokenizer_home(folder, trained), trained.name, {})
     return found.model.eval(), found.tokenizer
-
-
-@dataclass(frozen=True)
-class _Opened:
-    model: nn.Module
-    tokenizer: Any
-    adapter: str
-    settings: Mapping[str, Any]
-    """config.yaml of a run."""
-
-
-def _open(path: str | Path, task: Task, dtype: Any) -> _Opened:
-    """The model with whatever was trained, in the class of the task."""
-    here = Path(path).expanduser()
-    if not (here / "base.json").is_file():
-        return _open_model(resolve_source(path), str(path), task, dtype)
-    run, settings = RunFolder(here), _settings(here)
-    _refuse_other_head(here, task, settings)
-    baseline = run.base().baseline
-    if baseline == "full":
-        folder = run.model
-        if not (folder / "config.json").is_file():
-            raise TaskError(f"{here}: the run has not ended. Give its `loftq train` command again.")
-        headed, _ = _headed(folder, task, dtype)
-        return _opened(headed.model, folder, "none", settings)
-    if baseline:
-        folder, adapter = run.base().path, open_run(here).adapter
-    else:
-        folder, adapter = backbone_and_adapter(here)
-    headed, _ = _headed(folder, task, _trained_in(run) if dtype == "auto" else dtype)
-    model = _with_adapter(headed.model, adapter, packed=not baseline)
-    return _opened(model, tokenizer_home(folder, adapter), adapter.name, settings)
-
-
-def _trained_in(run: RunFolder) -> str:
-    """The dtype that a run computed and was scored in, so that its scores are found again."""
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    return names.get(str(read_metrics(run.metrics).summary.get("dtype")), "auto")
-
-
-def _open_model(folder: Path, name: str, task: Task, dtype: Any) -> _Opened:
-    """A model that was not trained on the task; its own head must do."""
-    headed, auto = _headed(folder, task, dtype)
-    if headed.new:
-        raise TaskError(
-            f"{name}: has no head for {task.name} ({headed.new[0]} and other weights are new). "
-            f"Train it first: loftq train {name} --task {task.name} -o RUN, and score RUN."
-        )
-    start = folder / START
-    if not (start / "adapter_config.json").is_file():
-        return _opened(headed.model, folder, "none", {})
-    model = attach_start(Headed(headed.model, (), ()), start, auto)
-    return _opened(model, folder, START, {})
-
-
-def _headed(folder: Path, task: Task, dtype: Any) -> tuple[Headed, str]:
-    auto = task.auto_class(load_config(folder))
-    options = task.head_options()
-    return load_headed(folder, auto, new_head=task.new_head, seed=0, dtype=dtype, **options), auto
-
-
-def _with_adapter(model: nn.Module, adapter: Path, *, packed: bool) -> nn.Module:
-    if packed:
-        return load_adapter(model, adapter)
-    from peft import PeftModel
-
-    found: nn.Module = PeftModel.from_pretrained(model, str(adapter))
-    return found
-
-
-def _opened(model: Any, home: Path, adapter: str, settings: Mapping[str, Any]) -> _Opened:
-    tokenizer = load_tokenizer(home)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return _Opened(model, tokenizer, adapter, settings)
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise TaskError(f"{run}/config.yaml: cannot be read ({error}). Restore it.") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _refuse_other_head(run: Path, task: Task, settings: Mapping[str, Any]) -> None:
-    """A head belongs to the task that it was trained for, or to one with the same classes."""
-    if not task.new_head:
-        return
-    then = settings.get("task")
-    known = TASKS.get(str(then))
-    same = known is not None and (known.kind, known.head_options()) == (
-        task.kind,
-        task.head_options(),
-    )
-    if then != task.name and not same:
-        trained = f"was trained on {then}" if then else "was not trained on a task"
-        raise TaskError(
-            f"{run}: {trained}, so it has no head for {task.name}. Train one: "
-            f"loftq train MODEL --task {task.name} -o RUN."
-        )
 
 
 def _require(task: Task) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from loftq.tasks.anli import ANLI
 from loftq.tasks.base import Task, TaskError
+from loftq.tasks.dream import DREAM
 from loftq.tasks.glue import GLUE
 from loftq.tasks.gsm8k import GSM8K, GSM8K_LOSS
 from loftq.tasks.squad import SQUAD, XQUAD_EN
@@ -16,8 +17,8 @@ from loftq.tasks.wikitext import WIKITEXT2, WIKITEXT2_SMALL
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        *GLUE, ANLI, SQUAD, XQUAD_EN, GSM8K, GSM8K_LOSS, WIKITEXT2, WIKITEXT2_SMALL, SCITLDR, XSUM,
-        CNN_DAILYMAIL,
+        *GLUE, ANLI, DREAM, SQUAD, XQUAD_EN, GSM8K, GSM8K_LOSS, WIKITEXT2, WIKITEXT2_SMALL, SCITLDR,
+        XSUM, CNN_DAILYMAIL,
     )
 }  # fmt: skip
 

@@ -51,6 +51,13 @@ def _problem(place: int) -> dict[str, Any]:
     return {"question": f"Ann has {place} pears and buys 3. How many?", "answer": reasoning}
 
 
+def _choice(place: int) -> dict[str, Any]:
+    choices = [DEEDS[(place + k) % 6] for k in range(3)]
+    turns = [f"M: {sentence(place)}", f"W: {sentence(place + 1)}"]
+    row = {"dialogue_id": f"d{place // 2}", "dialogue": turns, "choice": choices}
+    return {**row, "question": "What does the first thing do?", "answer": choices[place % 3]}
+
+
 def _summary(document: str, summary: str) -> Callable[[int], dict[str, Any]]:
     text = " ".join
     return lambda i: {document: text(sentence(i + k) for k in range(4)), summary: sentence(i)}
@@ -72,6 +79,7 @@ MAKERS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "rte": _pair("sentence1", "sentence2", 2),
     "wnli": _pair("sentence1", "sentence2", 2),
     "anli": _pair("premise", "hypothesis", 3),
+    "dream": _choice,
     "squad": _question,
     "xquad-en": _question,
     "gsm8k": _problem,

@@ -64,21 +64,25 @@ class _Labelled(Task):
     def collate(self, features: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:
         import torch
 
+        labels = torch.tensor([feature["labels"] for feature in features])
+        return {**self.inputs(features, tokenizer), "labels": labels}
+
+    def inputs(self, features: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:
+        """A padded batch of features without their labels."""
         from loftq.tasks.kinds.batches import pad_inputs
 
-        labels = torch.tensor([feature["labels"] for feature in features])
-        return {**pad_inputs(features, tokenizer), "labels": labels}
+        return pad_inputs(features, tokenizer)
 
     def predict(
         self, model: Any, tokenizer: Any, rows: Sequence[TaskRow], reading: Reading
     ) -> list[Any]:
-        from loftq.tasks.kinds.batches import in_batches, on_device, pad_inputs, scoring
+        from loftq.tasks.kinds.batches import in_batches, on_device, scoring
 
         length = reading_length(self, tokenizer, model.config, reading.max_length)
         features = self.encode(rows, tokenizer, model.config, length)
 
         def run(batch: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-            logits = model(**on_device(pad_inputs(batch, tokenizer), model)).logits
+            logits = model(**on_device(self.inputs(batch, tokenizer), model)).logits
             found: list[list[float]] = logits.float().cpu().tolist()
             return found
 
@@ -110,8 +114,22 @@ class _Labelled(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(_Labelled):
-    """A class: `label` is its index. A prediction holds it and the probabilities of all."""
+class Probabilities(_Labelled):
+    """One of several classes. A prediction holds its index and the probabilities of all."""
+
+    def decide(self, logits: list[float]) -> dict[str, Any]:
+        most = max(logits)
+        powers = [math.exp(logit - most) for logit in logits]
+        shares = [round(power / sum(powers), 6) for power in powers]
+        return {"label": logits.index(most), "probabilities": shares}
+
+    def value(self, prediction: Any) -> int:
+        return int(prediction["label"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Probabilities):
+    """A class: `label` is its index."""
 
     labels: tuple[str, ...]
     """Names of the classes, by index."""
@@ -135,15 +153,6 @@ class Classification(_Labelled):
 
     def label(self, row: TaskRow) -> int:
         return int(row.values["label"])
-
-    def decide(self, logits: list[float]) -> dict[str, Any]:
-        most = max(logits)
-        powers = [math.exp(logit - most) for logit in logits]
-        shares = [round(power / sum(powers), 6) for power in powers]
-        return {"label": logits.index(most), "probabilities": shares}
-
-    def value(self, prediction: Any) -> int:
-        return int(prediction["label"])
 
     def example(self, row: TaskRow, prediction: Any | None = None) -> tuple[str, str]:
         index = self.label(row) if prediction is None else self.value(prediction)

@@ -1,0 +1,7 @@
+"""Ensembles of adapters on one packed backbone (arXiv:2310.00035)."""
+
+from loftq.lab.ensemble.result import EnsembleResult, Outside, Quality
+from loftq.lab.ensemble.score import score_ensemble
+from loftq.lab.ensemble.train import train_ensemble
+
+__all__ = ["EnsembleResult", "Outside", "Quality", "score_ensemble", "train_ensemble"]
