@@ -10,6 +10,7 @@ import typer
 
 from loftq.cli import console, options
 from loftq.cli.compare import compare
+from loftq.cli.ensemble import ensemble
 
 app = typer.Typer(
     help="Experiments: the demo, the methods that tables compare, recipes of `train`.",
@@ -19,6 +20,8 @@ app = typer.Typer(
 
 
 app.command(short_help="Methods side by side: trained, with spread and bytes.")(compare)
+
+app.command(short_help="Several adapters on one backbone, their predictions averaged.")(ensemble)
 
 
 @app.command(short_help="List all methods, reproductions included.")
@@ -76,48 +79,6 @@ def demo(
     from loftq.lab.demo import run_demo
 
     run_demo(model=model, as_json=as_json)
-
-
-@app.command(short_help="Several adapters on one backbone, their predictions averaged.")
-def ensemble(
-    base: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Output of `quantize` that all members share.")
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder; the same command goes on with it.")
-    ],
-    task: Annotated[str, typer.Option(help="A classification: rte, sst2, mnli, anli, ...")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Options of `train --task` for every member."),
-    ] = None,
-    members: Annotated[int, typer.Option(help="How many.")] = 5,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Fine-tune several adapters on one packed backbone; score their averaged probabilities."""
-    with console.answering(as_json=as_json):
-        from loftq.lab.ensemble import train_ensemble
-        from loftq.tasks.config import option_types
-
-        chosen = options.collect({}, settings, None, {**option_types(), "seed": int}).options
-        found = train_ensemble(base, task, output, members=members, device=device, **dict(chosen))
-    if as_json:
-        console.emit(found.to_dict())
-        return
-    right = ("accuracy", "NLL", "Brier", "ECE", "95 % of ECE")
-    shown = console.table("", *right, right=right)
-    lines = [(f"member {place}", member) for place, member in enumerate(found.members)]
-    for name, scored in [*lines, ("ensemble", found.ensemble)]:
-        low, high = scored.ece_interval
-        figures = (scored.accuracy, scored.nll, scored.brier, scored.ece)
-        shown.add_row(name, *(f"{x:.4f}" for x in figures), f"{low:.4f} to {high:.4f}")
-    out = console.screen()
-    out.print(shown)
-    out.print(
-        f"{found.rows} rows of {found.task} ({found.split}). Two members differ on "
-        f"{found.disagreement:.1%} of them; mean KL(member || ensemble) {found.divergence:.4f}."
-    )
 
 
 @app.command(short_help="List the recipes of `train`, or copy one.")

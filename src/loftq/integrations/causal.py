@@ -15,6 +15,7 @@ from torch import nn
 
 from loftq.integrations import discover
 from loftq.integrations.device import check_bfloat16, check_device, default_device
+from loftq.integrations.members import average_, load_members_, member_folders
 from loftq.integrations.peft import load_adapter
 from loftq.integrations.run_folder import START, backbone_and_adapter, open_run, tokenizer_home
 from loftq.integrations.source import quantization_method, read_config
@@ -34,7 +35,7 @@ class CausalModel:
     folder: Path
     """Of the backbone, or of the plain model."""
     adapter: Path | None
-    """Folder of the adapter."""
+    """Folder of the adapter; of an ensemble, the first member's."""
     dtype: torch.dtype
     """Of the computation."""
     packed: bool
@@ -64,7 +65,8 @@ def open_causal(
     """Load the model of a run, an output or a plain folder, with its tokenizer and adapter.
 
     Args:
-        path: run of `train`, output of `quantize` or its hub id, or a plain model.
+        path: run of `train`, output of `quantize` or its hub id, a plain model, or folder of an
+            ensemble: probabilities of the next token are then the mean of its members'.
         adapter: None = the one that belongs to `path`; "none" = the backbone alone; or a folder: an
             adapter, a run, or a folder inside the output such as init_adapter.
         device: None = the GPU if there is one.
@@ -77,7 +79,10 @@ def open_causal(
     """
     where = device or default_device()
     check_device(where)
-    folder, own = _folders(path)
+    runs = member_folders(Path(path).expanduser()) or ()
+    if runs and adapter is not None:
+        raise ValueError(f"{path}: an ensemble brings its adapters; leave adapter={adapter} out.")
+    folder, own = _folders(runs[0] if runs else path)
     config = read_config(folder)
     packed = quantization_method(config) == "loftq"
     chosen = _adapter(folder, own, adapter)
@@ -86,7 +91,12 @@ def open_causal(
     tokenizer = discover.load_tokenizer(tokenizer_home(folder, chosen))
     base = discover.model_class(folder).from_pretrained(folder, dtype=dtype)
     _check_causal(folder, base)
-    model: nn.Module = base if chosen is None else load_adapter(base, chosen)
+    model: nn.Module = base
+    if runs:
+        load_members_(base, [open_run(run).adapter for run in runs])
+        average_(base, len(runs))
+    elif chosen is not None:
+        model = load_adapter(base, chosen)
     check_bfloat16(base.dtype, torch.device(where))
     return CausalModel(
         model=model.to(where).eval(),

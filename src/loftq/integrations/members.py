@@ -7,10 +7,9 @@ logits - a metric, `generate`, a decoder of CUDA graphs - works with the ensembl
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.integrations.peft import backbone_of, check_lineage
-from loftq.nn.members import attach_members_
+from loftq.nn.members import attach_members_, for_members
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -94,32 +93,23 @@ def load_members_(model: Any, adapters: Sequence[Path]) -> None:
     model.requires_grad_(False)
 
 
-@contextlib.contextmanager
-def averaged(model: Any, members: int) -> Iterator[Any]:
-    """Within, the model takes the rows once and gives log((1 / M) sum_m softmax(logits_m)).
+def average_(model: Any, members: int) -> tuple[Any, ...]:
+    """From now on the model takes the rows once and gives log((1 / M) sum_m softmax(logits_m)).
 
     Args:
         model: from `load_members_`.
         members: M.
+
+    Returns:
+        Hooks; their `remove()` ends it.
     """
-    taken = average_(model, members)
-    try:
-        yield model
-    finally:
-        for hook in taken:
-            hook.remove()
-
-
-def average_(model: Any, members: int) -> tuple[Any, ...]:
-    """The same for good; hooks whose `remove()` ends it."""
 
     def repeat(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             args, kwargs = (), {"input_ids": args[0], **kwargs}
         # The loss of the mean is not the mean of the losses: the model is to find neither.
         kept = {name: value for name, value in kwargs.items() if name != "labels"}
-        found = {n: _repeated(v, members) if n in BY_ROW else v for n, v in kept.items()}
-        return args, found
+        return args, kept | _repeated({n: kept[n] for n in BY_ROW if n in kept}, members)
 
     def average(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         for name in PREDICTED:
@@ -142,10 +132,11 @@ def log_mean(logits: Tensor, members: int) -> Tensor:
     return each.logsumexp(0) - math.log(members)
 
 
-def _repeated(value: Any, members: int) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.repeat(members, *[1] * (value.dim() - 1))
+def _repeated(inputs: Mapping[str, Any], members: int) -> dict[str, Any]:
+    """Those with an entry a row, once for each member; one that all rows share stays as it is."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    rows = max((len(value) for value in tensors.values()), default=0)
+    return for_members({n: v for n, v in tensors.items() if len(v) == rows}, members)
 
 
 def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
