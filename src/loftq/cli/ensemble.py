@@ -29,7 +29,7 @@ def ensemble(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Options of `train --task` for every member; outside=mrpc: tasks that are foreign.",
+            help="Options of `train --task` for every member; outside=mrpc: foreign tasks.",
         ),
     ] = None,
     members: Annotated[int, typer.Option(help="How many.")] = 5,
