@@ -104,7 +104,7 @@ def average_(model: Any, members: int) -> tuple[Any, ...]:
         Hooks; their `remove()` ends it.
     """
 
-    def repeat(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def repeat(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
             args, kwargs = (), {"input_ids": args[0], **kwargs}
         # The loss of the mean is not the mean of the losses: the model is to find neither.

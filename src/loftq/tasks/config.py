@@ -41,6 +41,9 @@ class TaskConfig:
     """Most tokens of a generated answer; None = the task's default."""
     beams: int = 1
     """Of a generated answer; 1 = greedy."""
+    kl: float = 0.0
+    """Weight of KL(model || start), nats a prediction, in the loss: holds predictions near those
+    before training. Members of an ensemble are less sure with it."""
     quantize_seed: int = 0
     """Of the quantization. `seed` is the training's, so that runs of several seeds share one
     backbone."""
@@ -55,6 +58,8 @@ class TaskConfig:
                 raise ValueError(f"{name}={value}: must be at least 1.")
         if self.on_bad_rows not in ("error", "skip"):
             raise ValueError(f"on_bad_rows={self.on_bad_rows!r}: choose error or skip.")
+        if not 0 <= self.kl < float("inf"):
+            raise ValueError(f"kl={self.kl}: must be 0 or more.")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout}: must lie between 0 and 1.")
 
@@ -119,6 +124,12 @@ def choose(task: Task, options: Mapping[str, Any]) -> Chosen:
             raise ValueError(f"method={method}: {', '.join(useless)} would change nothing.")
     elif method is not None:
         quantize["method"] = method
+    if own.get("kl") and (method == "full" or task.kind == "regression"):
+        why = "every weight is trained" if method == "full" else f"{task.name} predicts a number"
+        raise ValueError(
+            f"kl={own['kl']}: compares the probabilities of adapters, and {why}. Leave it out; "
+            "weight_decay works with it."
+        )
     return Chosen(
         method=method, config=TrainConfig(**training), task=TaskConfig(**own), quantize=quantize
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from loftq.tasks.anchor import AnchoredTrainer
 from loftq.tasks.base import TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.inputs import TaskInputs
@@ -65,7 +66,8 @@ class TaskSession(Sitting):
         task, inputs = self.inputs.task, self.inputs
         by_loss = task.selects_by_loss
         callbacks = self._callbacks(scores=() if by_loss else task.metric_names)
-        return build(
+        trainer = build(
+            AnchoredTrainer,
             model=self.model,
             tokenizer=inputs.tokenizer,
             train=inputs.train,
@@ -77,6 +79,9 @@ class TaskSession(Sitting):
             score=None if by_loss else self._validate,
             callbacks=callbacks,
         )
+        if self.chosen.kl:
+            trainer.anchor(self.chosen.kl)
+        return trainer
 
     def _validate(self) -> dict[str, float]:
         rows = self.inputs.data.validation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -14,6 +14,9 @@ from loftq.train.trainers import Watched, one_process
 
 Score = Callable[[], Mapping[str, float]]
 """Metrics of the model as it is on the rows held out."""
+
+
+Trained = TypeVar("Trained", bound="TaskTrainer")
 
 
 class Features(Dataset):
@@ -64,6 +67,7 @@ class TaskTrainer(Watched, Trainer):
 
 
 def build(
+    kind: type[Trained],
     *,
     model: Any,
     tokenizer: Any,
@@ -75,10 +79,11 @@ def build(
     by_token: bool,
     score: Score | None,
     callbacks: list[Any],
-) -> TaskTrainer:
+) -> Trained:
     """A trainer on encoded features.
 
     Args:
+        kind: TaskTrainer, or a subclass.
         model: what is trained takes gradients.
         tokenizer: of the model.
         train: features to train on.
@@ -100,7 +105,7 @@ def build(
         "include_num_input_tokens_seen": "non_padding",
         "label_names": [name for name in train[0] if name.endswith(("labels", "positions"))],
     }
-    trainer = TaskTrainer(
+    trainer = kind(
         model=model,
         args=one_process(TrainingArguments(**chosen)),
         train_dataset=Features(train),

@@ -2,6 +2,13 @@
 
 from loftq.lab.ensemble.result import EnsembleResult, Outside, Quality
 from loftq.lab.ensemble.score import score_ensemble
-from loftq.lab.ensemble.train import train_ensemble
+from loftq.lab.ensemble.train import train_ensemble, train_members
 
-__all__ = ["EnsembleResult", "Outside", "Quality", "score_ensemble", "train_ensemble"]
+__all__ = [
+    "EnsembleResult",
+    "Outside",
+    "Quality",
+    "score_ensemble",
+    "train_ensemble",
+    "train_members",
+]

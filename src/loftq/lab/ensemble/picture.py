@@ -38,8 +38,8 @@ def draw_reliability(found: EnsembleResult, path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
         rows = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
-        for place, (name, bars, color, error) in enumerate(panels):
-            _accuracy(rows[0, place], bars, color, f"{name}: ECE {100 * error:.1f} %")
+        for place, (name, bars, color, missed) in enumerate(panels):
+            _accuracy(rows[0, place], bars, color, f"{name}: ECE {100 * missed:.1f} %")
             _rows(rows[1, place], bars, color)
         rows[0, 0].set_ylabel("accuracy")
         rows[1, 0].set_ylabel("share of rows")

@@ -40,7 +40,7 @@ def score_ensemble(
     runs: Sequence[Path],
     task: str,
     *,
-    data: Path | None = None,
+    data: str | Path | None = None,
     device: str | None = None,
     eval_rows: int | None = None,
     outside: Sequence[str] = (),
@@ -104,5 +104,5 @@ def probabilities(
     return np.stack(found, axis=1)
 
 
-def _rows(task: Probabilities, data: Path | None, most: int) -> list[TaskRow]:
+def _rows(task: Probabilities, data: str | Path | None, most: int) -> list[TaskRow]:
     return some(read_split(task, task.splits.test[0], data=data), most)

@@ -23,12 +23,12 @@ PICTURE = "reliability.svg"
 
 
 def train_ensemble(
-    base: Path,
+    base: str | Path,
     task: str,
-    output: Path,
+    output: str | Path,
     *,
     members: int,
-    data: Path | None = None,
+    data: str | Path | None = None,
     device: str | None = None,
     outside: tuple[str, ...] = (),
     **options: Any,
@@ -50,6 +50,7 @@ def train_ensemble(
     Raises:
         TaskError: a task without class probabilities, or fewer than two members.
     """
+    output = Path(output)
     for name in (task, *outside):
         of_probabilities(name)
     runs = train_members(base, task, output, members=members, data=data, device=device, **options)
@@ -62,12 +63,12 @@ def train_ensemble(
 
 
 def train_members(
-    base: Path,
+    base: str | Path,
     task: str,
-    output: Path,
+    output: str | Path,
     *,
     members: int,
-    data: Path | None = None,
+    data: str | Path | None = None,
     device: str | None = None,
     **options: Any,
 ) -> list[Path]:
@@ -82,6 +83,7 @@ def train_members(
     Raises:
         TaskError: fewer than two members.
     """
+    base, output = Path(base), Path(output)
     find_task(task)
     if members < 2:
         raise TaskError(f"members={members}: an ensemble has at least 2.")
