@@ -103,6 +103,15 @@ def test_the_head_follows_its_seed_and_a_head_of_other_classes_is_replaced(tmp_p
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_class_that_finds_no_weights_is_refused(
+    place: int, packed: dict[str, tuple[Path, Path]]
+) -> None:
+    with pytest.raises(HeadError, match="LlamaForQuestionAnswering keeps its backbone under"):
+        load_headed(packed["llama"][place], SPANS, new_head=True, seed=0)
+    assert load_headed(packed["bert"][place], SPANS, new_head=True, seed=0).head
+
+
 def test_what_does_not_fit_is_refused(packed: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     _, out = packed["bert"]
     _, other = packed["mpnet"]

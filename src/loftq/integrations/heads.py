@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from loftq.integrations.discover import load_config
 from loftq.integrations.peft import backbone_of, check_lineage
 from loftq.nn import packed_layers
 
@@ -67,6 +68,7 @@ def load_headed(
     """
     import transformers
 
+    _refuse_elsewhere(folder, auto_class)
     torch.manual_seed(seed)
     try:
         with _quiet():
@@ -87,6 +89,28 @@ def load_headed(
             f"{type(model).__name__}. Give a model of that class."
         )
     return Headed(model, _head(model, missing) if new_head else (), tuple(missing))
+
+
+def _refuse_elsewhere(folder: Path, auto_class: str) -> None:
+    """Refuse a class that looks for the backbone where no checkpoint has it.
+
+    transformers' span classes of Llama and eleven families like it keep the backbone as
+    `transformer`, all their other classes as `model`: its from_pretrained finds none of the weights
+    and leaves random ones behind a warning.
+    """
+    import transformers
+
+    config = type(load_config(folder))
+    wanted = getattr(transformers, auto_class)._model_mapping.get(config, None)
+    usual = transformers.AutoModel._model_mapping.get(config, None)
+    if not isinstance(wanted, type) or not isinstance(usual, type):
+        return  # no such class, or several for one config
+    if wanted.base_model_prefix != usual.base_model_prefix:
+        raise HeadError(
+            f"{folder}: {wanted.__name__} keeps its backbone under {wanted.base_model_prefix!r} and "
+            f"checkpoints of this family under {usual.base_model_prefix!r}, so that transformers "
+            "loads none of its weights. Take an encoder (BERT, MPNet, DeBERTa) for this task."
+        )
 
 
 def _refit_(model: Any, seed: int) -> list[str]:
