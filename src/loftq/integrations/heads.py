@@ -107,8 +107,8 @@ def _refuse_elsewhere(folder: Path, auto_class: str) -> None:
         return  # no such class, or several for one config
     if wanted.base_model_prefix != usual.base_model_prefix:
         raise HeadError(
-            f"{folder}: {wanted.__name__} keeps its backbone under {wanted.base_model_prefix!r} and "
-            f"checkpoints of this family under {usual.base_model_prefix!r}, so that transformers "
+            f"{folder}: {wanted.__name__} keeps its backbone under {wanted.base_model_prefix!r}, "
+            f"files of this family under {usual.base_model_prefix!r}, so that transformers "
             "loads none of its weights. Take an encoder (BERT, MPNet, DeBERTa) for this task."
         )
 
