@@ -101,14 +101,13 @@ def _refuse_elsewhere(folder: Path, auto_class: str) -> None:
     import transformers
 
     config = type(load_config(folder))
-    wanted = getattr(transformers, auto_class)._model_mapping.get(config, None)
-    usual = transformers.AutoModel._model_mapping.get(config, None)
-    if not isinstance(wanted, type) or not isinstance(usual, type):
-        return  # no such class, or several for one config
-    if wanted.base_model_prefix != usual.base_model_prefix:
+    wanted: Any = getattr(transformers, auto_class)._model_mapping.get(config, None)
+    usual: Any = transformers.AutoModel._model_mapping.get(config, None)
+    places = [getattr(found, "base_model_prefix", None) for found in (wanted, usual)]
+    if None not in places and places[0] != places[1]:  # None: no such class, or several of them
         raise HeadError(
-            f"{folder}: {wanted.__name__} keeps its backbone under {wanted.base_model_prefix!r}, "
-            f"files of this family under {usual.base_model_prefix!r}, so that transformers "
+            f"{folder}: {wanted.__name__} keeps its backbone under {places[0]!r}, "
+            f"files of this family under {places[1]!r}, so that transformers "
             "loads none of its weights. Take an encoder (BERT, MPNet, DeBERTa) for this task."
         )
 

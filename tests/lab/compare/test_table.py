@@ -111,3 +111,31 @@ def test_the_picture_shows_what_has_a_median(tmp_path: Path) -> None:
     assert "accuracy (higher is better)" in text
     assert "qlora, nf2-g64, r = 4" in text
     assert draw(compare(read_recipe("test", TEXT), rows), path).read_text() == text
+
+
+ALTERNATIONS = TEXT.replace(
+    "[qlora, loftq, lora16]",
+    "['loftq-paper:iters=0', 'loftq-paper:iters=1', 'loftq-paper:iters=5', lora16]",
+)
+
+
+def test_methods_that_differ_in_a_number_are_a_curve_over_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from loftq.lab.compare.curves import curves_of
+    from loftq.lab.compare.picture import draw
+
+    recipe = read_recipe("test", ALTERNATIONS)
+    lines = [(f"loftq-paper:iters={T}", "nf2-g64", 4) for T in (5, 0, 1)]
+    rows = [row(line, s, 0.5 + 0.01 * s) for line in lines for s in range(3)]
+    rows.append(row(("lora16", None, 4), 0, 0.8))
+    found = compare(recipe, rows)
+    curves = curves_of(tuple(found.lines))
+    assert curves is not None
+    (points,) = curves.each.values()
+    assert [value for value, _ in points] == [0, 1, 5]
+    assert curves.others == (("lora16", None, 4),)
+    text = draw(found, tmp_path / "picture.svg").read_text()
+    assert "T, alternations" in text
+    assert "stored, MB" not in text
+    draw(found, tmp_path / "picture.png")
+    assert curves_of((QLORA, LOFTQ, ("fast:iters=3", "nf2-g64", 4))) is None

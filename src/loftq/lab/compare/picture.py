@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq.lab.compare.curves import curves_of, draw_curves
 from loftq.lab.compare.statistics import Line
 from loftq.lab.compare.table import Comparison, lower_is_better
 
@@ -31,7 +32,8 @@ def draw(found: Comparison, path: Path) -> Path:
     """Write the picture; its kind follows the name's end (.svg, .png).
 
     A panel for each task: stored bytes on a logarithmic axis, the median of the seeds with its
-    smallest and largest value. A line whose median run diverged has no point.
+    smallest and largest value. A line whose median run diverged has no point. Lines that differ in
+    a number, as of alternations, are curves over that number.
 
     Raises:
         ValueError: no matplotlib.
@@ -48,11 +50,19 @@ def draw(found: Comparison, path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.7), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flat
+        curves = curves_of(tuple(found.lines))
         for task, panel in zip(tasks, panels, strict=False):
-            _panel(panel, found, task)
+            if curves is None:
+                _panel(panel, found, task)
+            else:
+                draw_curves(panel, found, task, curves, COLORS)
         for panel in list(panels):
             panel.set_visible(False)
-        figure.legend(handles=_legend(found), loc="outside lower center", ncols=3)
+        if curves is None:
+            figure.legend(handles=_legend(found), loc="outside lower center", ncols=3)
+        else:
+            named = figure.axes[0].get_legend_handles_labels()
+            figure.legend(*named, loc="outside lower center", ncols=2)
         figure.suptitle(f"{found.recipe.name}: {found.recipe.model}", fontsize=10.5)
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, metadata=metadata, dpi=150)
