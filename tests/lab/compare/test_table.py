@@ -31,7 +31,8 @@ def row(line: Any, seed: int, value: float | None, task: str = "rte", **more: An
     """A row; no value = it diverged."""
     metric = {"rte": "accuracy", "wikitext2": "perplexity"}[task]
     method, format, rank = line
-    stem = [word for word in (task, method, format, rank and f"r{rank}") if word]
+    named = method.replace(":", "_").replace("=", "_")
+    stem = [word for word in (task, named, format, rank and f"r{rank}") if word]
     known = {
         "status": "diverged" if value is None else "done",
         "metrics": {} if value is None else {metric: value},
@@ -126,7 +127,9 @@ def test_methods_that_differ_in_a_number_are_a_curve_over_it(tmp_path: Path) -> 
 
     recipe = read_recipe("test", ALTERNATIONS)
     lines = [(f"loftq-paper:iters={T}", "nf2-g64", 4) for T in (5, 0, 1)]
-    rows = [row(line, s, 0.5 + 0.01 * s) for line in lines for s in range(3)]
+    rows = [
+        row(line, s, 0.5 + 0.02 * i + 0.01 * s) for i, line in enumerate(lines) for s in range(3)
+    ]
     rows.append(row(("lora16", None, 4), 0, 0.8))
     found = compare(recipe, rows)
     curves = curves_of(tuple(found.lines))
@@ -136,6 +139,7 @@ def test_methods_that_differ_in_a_number_are_a_curve_over_it(tmp_path: Path) -> 
     assert curves.others == (("lora16", None, 4),)
     text = draw(found, tmp_path / "picture.svg").read_text()
     assert "T, alternations" in text
+    assert "loftq-paper, nf2-g64, r = 4" in text  # in the legend: it has points
     assert "stored, MB" not in text
     draw(found, tmp_path / "picture.png")
     assert curves_of((QLORA, LOFTQ, ("fast:iters=3", "nf2-g64", 4))) is None
