@@ -38,7 +38,7 @@ OnBlock = Callable[[str, int, int], object]
 def read_windows(
     config: QuantizeConfig, layout: ModelLayout, tokenizer: Any, model_config: Any
 ) -> TokenWindows | None:
-    """The calibration tokens of a configuration; None where the method needs none, or has no text.
+    """The calibration tokens of a configuration; None where nothing needs any, or has no text.
 
     A causal model reads one stream in full windows. All others read document by document, with
     their special tokens, padded to the longest; the padding is masked.
@@ -47,7 +47,7 @@ def read_windows(
         ValueError: a file that cannot be used (calibration/data.py), or a tokenizer without the
             padding token that documents need.
     """
-    if config.data is None or config.resolved_method().needs == "none":
+    if config.data is None or not config.reads_text:
         return None
     context = min(config.calibration_context, _longest(tokenizer, model_config))
     shape = {"windows": config.calibration_windows, "context": context}
@@ -73,7 +73,7 @@ def planned(
     config: QuantizeConfig, windows: TokenWindows | None, source_fingerprint: str, device: str
 ) -> Calibration | None:
     """What the plan has to know of these tokens."""
-    if windows is None:
+    if windows is None or config.resolved_method().needs == "none":
         return None
     name = statistics_fingerprint(
         source=source_fingerprint, tokens=windows.fingerprint, device=device
@@ -84,9 +84,14 @@ def planned(
         windows=windows.ids.shape[0],
         context=windows.ids.shape[1],
         tokens=windows.tokens,
-        folder=str(Path(config.statistics).expanduser() if config.statistics else default_folder()),
+        folder=str(statistics_folder(config)),
         fingerprint=name,
     )
+
+
+def statistics_folder(config: QuantizeConfig) -> Path:
+    """Where statistics and costs are kept."""
+    return Path(config.statistics).expanduser() if config.statistics else default_folder()
 
 
 def take_statistics(
