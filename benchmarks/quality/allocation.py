@@ -7,11 +7,11 @@
 
 A row is ALLOCATION:BITS[:METHOD]; METHOD is the one that costs are measured with, all rows are then
 solved by --method. So `error:2.5:loftq` is the weight-error integer program of LQ-LoRA, and
-`error:2.5` that of output errors. `bits` count scales and zeros. `first` gets the smallest k whose
-bytes are not below the budget, so it never has fewer bytes than the others; `uniform:FORMAT` is one
-format everywhere. Perplexity and tuning are those of calibrated.py. All rows before any tuning, then
-the tunings in the order of the rows; --seconds starts no further step after these, and with --out
-what is there already is not run again.
+`error:2.5` that of output errors. `bits` count scales and zeros. `first` gets the smallest k
+whose bytes are not below the budget, so it never has fewer bytes than the others; `uniform:FORMAT`
+is one format everywhere. Perplexity and tuning are those of calibrated.py. All rows before any
+tuning, then the tunings in the order of the rows; --seconds starts no further step after these, and
+with --out what is there already is not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from calibrated import about, output_error, read_texts, scored, solve, spread, tuned
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -79,8 +79,9 @@ def allocated(
     if todo and measuring is None:
         gaps = sum(len(table.missing(names, str(spec))) for spec in todo)
         raise PlanError(
-            f"allocation={config.allocation}: {gaps} of {len(names) * len(specs)} costs are not measured "
-            "yet. `loftq plan --measure` does so and keeps them, and so does `loftq quantize`."
+            f"allocation={config.allocation}: {gaps} of {len(names) * len(specs)} costs are not "
+            "measured yet. `loftq plan --measure` does so and keeps them, and so does `loftq "
+            "quantize`."
         )
     if todo and measuring is not None:
         plans = {}
