@@ -139,6 +139,20 @@ def allocate_kl() -> allocate.OutputCost:
     return found
 
 
+def test_costs_may_come_from_another_method(place: Path) -> None:  # noqa: F811
+    settings = options(place, allocation="error")
+    own = loftq.plan(place / "llama", measure=True, **settings).choice
+    other = loftq.plan(
+        place / "llama", measure=True, **{**settings, "method": "cloq", "costs_by": "loftq"}
+    )
+    assert own is not None
+    assert other.choice == own  # by the same table, which is not measured again
+    assert len(list((place / "cache").rglob("error-*.jsonl"))) == 1
+    assert other.calibration is not None
+    with pytest.raises(ValueError, match="unknown method 'none'"):
+        loftq.plan(place / "llama", costs_by="none")
+
+
 def test_named_formats_and_tables_stay_out_of_the_budget(place: Path) -> None:  # noqa: F811
     settings = options(place, allocation="error", formats={"*.down_proj": "nf4"}, head=8)
     planned = loftq.plan(place / "llama", measure=True, **settings)

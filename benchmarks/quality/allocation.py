@@ -87,12 +87,12 @@ class Bench:
             return self.first(float(value))
         chosen = {"allocation": kind, "bits": float(value), "candidates": self.args.candidates}
         chosen["allocation_windows"] = self.args.allocation_windows
-        config = self.config(method=costs[0] if costs else self.args.method, **chosen)
+        config = self.config(costs_by=costs[0] if costs else None, **chosen)
         choice = allocate.allocated(
             config, self.layout, self.source, self.windows, self.args.device, self.measuring
         )
         assert choice is not None
-        return self.planned(self.config(**chosen), choice)
+        return self.planned(config, choice)
 
     def first(self, bits: float) -> Plan:
         """The first k blocks in the widest candidate, k the least that reaches the budget."""

@@ -180,7 +180,8 @@ def _tokens(config: QuantizeConfig, windows: TokenWindows | None) -> str:
     """Identity of the text behind the costs."""
     if windows is None:
         return ""
-    read = windows.fingerprint if config.resolved_method().needs != "none" else ""
+    calibrated = config.cost_config().resolved_method().needs != "none"
+    read = windows.fingerprint if calibrated else ""
     if config.allocation_row().reads_text:
         read += _first(windows, config).fingerprint
     return read

@@ -42,8 +42,8 @@ def sharing_layers(config: QuantizeConfig, layout: ModelLayout) -> list[LayerInf
 
 
 def uniform(config: QuantizeConfig, spec: FormatSpec) -> QuantizeConfig:
-    """The same configuration with every layer in one format."""
-    return replace(config, allocation="first", candidates=(), format=str(spec), formats={})
+    """What costs are taken from: every layer in one format, by the method that measures."""
+    return replace(config.cost_config(), format=str(spec), formats={})
 
 
 def costs_fingerprint(config: QuantizeConfig, *, source: str, tokens: str, device: str) -> str:
@@ -57,7 +57,7 @@ def costs_fingerprint(config: QuantizeConfig, *, source: str, tokens: str, devic
     """
     parts = [
         config.allocation,
-        asdict(config.resolved_method()),
+        asdict(config.cost_config().resolved_method()),
         config.rank,
         config.scale_fit,
         config.seed,

@@ -42,6 +42,8 @@ class QuantizeConfig:
     the budget: error, relative or kl (allocation/)."""
     candidates: tuple[str, ...] = ()
     """Formats that a measured allocation chooses from; empty = those of 2, 3 and 4 bits."""
+    costs_by: str | None = None
+    """Method that a measured allocation takes its costs from; None = `method` itself."""
     allocation_windows: int = 4
     """Windows of the calibration text that allocation=kl measures on."""
     format: str | None = None
@@ -163,6 +165,8 @@ class QuantizeConfig:
         return self._check_allocation()
 
     def _check_allocation(self) -> str:
+        if self.costs_by is not None:
+            find_method(self.costs_by)
         if not self.allocation_row().measured:
             if self.candidates:
                 measured = ", ".join(name for name, row in ALLOCATIONS.items() if row.measured)
@@ -200,7 +204,14 @@ class QuantizeConfig:
     @property
     def reads_text(self) -> bool:
         """Whether the method or the allocation looks at `data`."""
-        return self.resolved_method().needs != "none" or self.allocation_row().reads_text
+        row = self.allocation_row()
+        measured = row.measured and self.cost_config().resolved_method().needs != "none"
+        return self.resolved_method().needs != "none" or row.reads_text or measured
+
+    def cost_config(self) -> QuantizeConfig:
+        """The same choices with the method that costs are taken from, and nothing measured."""
+        method = self.costs_by or self.method
+        return replace(self, method=method, allocation="first", candidates=(), costs_by=None)
 
     def candidate_formats(self) -> tuple[FormatSpec, ...]:
         """What a measured allocation chooses from, the narrowest first unless named otherwise."""
