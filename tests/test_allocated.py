@@ -20,7 +20,8 @@ OPTIONS = {
     "bits": 2.8, "rank": 4, "calibration_windows": 20, "calibration_context": 32,
     "allocation_windows": 2,
 }  # fmt: skip
-WAYS = [("error", "loftq"), ("error", "cloq"), ("relative", "qera-approx"), ("kl", "loftq")]
+WAYS = [("error", "loftq"), ("error", "cloq"), ("relative", "qera-approx"), ("kl", "loftq"),
+        ("error", "lq-lora")]  # fmt: skip
 
 
 def options(place: Path, **more: object) -> dict:  # noqa: F811

@@ -204,6 +204,7 @@ class _Ready:
             self.windows,
             lambda: _blocks(self.folder, self.source, self.plan.device),
             on_block=on_block,
+            open_whole=lambda: _whole(self.folder, self.plan.device),
         )
 
 

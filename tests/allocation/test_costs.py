@@ -1,5 +1,6 @@
 """Each cost is its equation, and a choice keeps to its budget."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -58,6 +59,17 @@ def test_a_diagonal_counts_inputs_as_uncorrelated():
     )
     expected = (E.double().square() @ known.mean_square[0]).sum().item()
     assert ALLOCATIONS["error"].of_residual(E, W, diagonal) == pytest.approx(expected)
+
+
+def test_with_fisher_means_it_is_weighted_by_the_rank_one_fisher():
+    E, W = weights()
+    known = statistics(n=1)
+    rows, columns = known.fisher_rows[0], known.fisher_columns[0] * 2
+    F = rows[:, None] * columns / rows.mean()
+    torch.testing.assert_close(F.mean(0), columns)  # of which these are the column means
+    known = replace(known, fisher_columns=columns[None])
+    expected = (F * E.double().square()).sum().item()
+    assert ALLOCATIONS["error"].of_residual(E, W, known) == pytest.approx(expected)
 
 
 def test_the_divergence_is_torchs_and_zero_for_equal_outputs():

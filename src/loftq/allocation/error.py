@@ -2,11 +2,12 @@
 
     cost[i, f] = ||W - Q - s B A||_F^2             without statistics of the inputs
                = tr(E H E^T), E = W - Q - s B A    with the Gram H = E[x x^T] (or its diagonal)
+               = sum_ij F_ij E_ij^2                with Fisher means, F_ij = rows_i columns_j / mean
 
-over the whole decomposition in that format. Without statistics this is the integer program of
-LQ-LoRA (arXiv:2311.12023, section 3.2) without its Fisher weights. `ERROR` adds these as they are,
-so that a layer counts by the size of its outputs; `RELATIVE` divides by the same of W itself, so
-that every layer counts by its share of noise.
+over the whole decomposition in that format. With Fisher means this is the integer program of
+LQ-LoRA (arXiv:2311.12023, section 3.2), F of rank one; without statistics, its data-free variant.
+`ERROR` adds these as they are, so that a layer counts by the size of its outputs; `RELATIVE`
+divides by the same of W itself, so that every layer counts by its share of noise.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from loftq.rounding import output_error
 
 
 def squared_error(E: Tensor, known: ProblemStatistics | None) -> float:
-    """||E||_F^2, or tr(E H E^T) where H is known, in float64.
+    """||E||_F^2, tr(E H E^T) where H is known, or weighted by Fisher means; in float64.
 
     Args:
         E: (out_features, in_features) float32.
@@ -28,6 +29,10 @@ def squared_error(E: Tensor, known: ProblemStatistics | None) -> float:
     """
     if known is None:
         return E.double().square().sum().item()
+    if known.fisher_rows is not None and known.fisher_columns is not None:
+        rows, columns = known.fisher_rows[0], known.fisher_columns[0]
+        mean = rows.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        return (rows @ E.double().square() @ columns / mean).item()
     if known.gram is None:
         return (E.double().square() * known.mean_square[0].double()).sum().item()
     return output_error(E[None], known.gram[0]).item()

@@ -106,7 +106,11 @@ def _fill(
     if plan.calibration is not None:
         assert windows is not None
         statistics = calibrate.take_statistics(
-            plan, windows, measuring.open_blocks, on_block=measuring.on_block
+            plan,
+            windows,
+            measuring.open_blocks,
+            on_block=measuring.on_block,
+            open_whole=measuring.open_model,
         )
     if row.of_residual is not None:
         cost = residual_cost(plan, source, statistics, row.of_residual)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from loftq.calibration import (
     BlockModel,
+    FisherStore,
     StatisticsStore,
     TokenWindows,
     collect,
+    collect_fisher,
     default_folder,
     document_windows,
     layers_in,
@@ -100,6 +106,7 @@ def take_statistics(
     open_model: Callable[[], BlockModel],
     *,
     on_block: OnBlock = lambda path, done, total: None,
+    open_whole: Callable[[], nn.Module] | None = None,
 ) -> StatisticsStore:
     """The statistics that a plan needs, read from its folder as far as they are there.
 
@@ -108,9 +115,15 @@ def take_statistics(
         windows: the tokens it was planned with.
         open_model: makes the model, called only where a block is missing.
         on_block: progress.
+        open_whole: makes the dense model with its head, for a method that needs gradients.
     """
     calibration = plan.calibration
     assert calibration is not None
+    if calibration.kind == "fisher":
+        assert open_whole is not None, "Fisher means need the whole model"
+        inputs = replace(plan, calibration=replace(calibration, kind="diagonal"))
+        take_statistics(inputs, windows, open_model, on_block=on_block)
+        return _take_fisher(plan, windows, open_whole, on_block)
     store = StatisticsStore(Path(calibration.folder), calibration.fingerprint)
     # A table without an adapter is only rounded, whatever its inputs.
     layers = {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
@@ -139,6 +152,35 @@ def take_statistics(
         collect(model, layers, windows, calibration.kind, on_block=keep, skip=known, chunk=chunk)
         if pending is not None:
             pending.result()
+    return store
+
+
+def _take_fisher(
+    plan: Plan, windows: TokenWindows, open_whole: Callable[[], nn.Module], on_block: OnBlock
+) -> FisherStore:
+    """The Fisher means of a plan's layers, by the loss of the next token on each window."""
+    assert plan.calibration is not None
+    store = FisherStore(Path(plan.calibration.folder), plan.calibration.fingerprint)
+    layers = {x.info.module: x.info.kind == "conv1d" for x in plan.layers if x.rank}
+    if store.holds_fisher(layers):
+        return store
+    model = open_whole()
+    device = next(model.parameters()).device
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        ids = ids[None].to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return cross_entropy(logits, ids[0, 1:])
+
+    total = len(windows.ids)
+    with full_float32():
+        found = collect_fisher(
+            model,
+            [partial(loss, ids) for ids in windows.ids],
+            layers,
+            on_loss=lambda done: on_block("gradients", done, total),
+        )
+    store.write_fisher(found)
     return store
 
 

@@ -87,7 +87,9 @@ def quantize_model(
         )
         statistics = None
         if windows is not None and calibration is not None:
-            statistics = calibrate.take_statistics(plan, windows, lambda: LoadedBlocks(model))
+            statistics = calibrate.take_statistics(
+                plan, windows, lambda: LoadedBlocks(model), open_whole=lambda: model
+            )
         return _packed(model, plan, source, statistics, on_batch)
 
 

@@ -406,6 +406,11 @@ def _unmet(
 ) -> list[str]:
     """What a method that needs statistics lacks."""
     problems = [] if calibration is not None else [missing_data(config.method)]
+    if config.resolved_method().needs == "fisher" and layout.task_type != "CAUSAL_LM":
+        problems.append(
+            f"{layout.architecture}: {config.method} weighs by gradients of the next token's loss, "
+            "and this model predicts none. Choose a method that reads inputs only, such as fast."
+        )
     embedded = [x.module for x in layout.layers if x.kind == "embedding" and x.adapted]
     if embedded:
         problems.append(
