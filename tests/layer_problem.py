@@ -23,6 +23,8 @@ def statistics(n: int = 2, columns: int = IN, tokens: int = 1000) -> ProblemStat
         gram=gram,
         tokens=(tokens,) * n,
         dropped=(0,) * n,
+        fisher_rows=torch.rand(n, OUT, generator=g).double().square() + 1e-3,
+        fisher_columns=torch.rand(n, columns, generator=g).double().square() + 1e-3,
     )
 
 

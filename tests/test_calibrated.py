@@ -85,6 +85,20 @@ def test_each_method_serves_decoders_and_encoders(name: str, model: str, place: 
     assert loftq.load(place / "out") is not None
 
 
+def test_gradients_weigh_where_a_next_token_is_predicted(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = quantize(place, "out", method="lq-lora")
+    for layer in record["layers"]:
+        assert layer["errors"][layer["kept"] - 1] == min(layer["errors"])
+    assert inspect_output(place / "out", True, place / "llama").problems == []
+    monkeypatch.setattr("loftq.api._whole", None)  # the means are kept
+    quantize(place, "again", method="lq-lora")
+    assert contents(place / "again") == contents(place / "out")
+    with pytest.raises(ValueError, match="weighs by gradients of the next token's loss"):
+        quantize(place, "bert-out", model="bert", method="lq-lora")
+
+
 def test_padding_of_an_encoder_is_not_counted(place: Path) -> None:
     record = quantize(place, "out", model="bert", method="qera-approx")
     rows = (place / "some.jsonl").read_text().splitlines()[: OPTIONS["calibration_windows"]]

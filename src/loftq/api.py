@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loftq.calibration import StatisticsStore, TokenWindows
+from loftq.calibration import BlockModel, StatisticsStore, TokenWindows
 from loftq.checkpoint import Checkpoint, open_checkpoint
-from loftq.integrations import artifact, calibrate, discover, memory
+from loftq.integrations import allocate, artifact, calibrate, discover, memory
 from loftq.integrations.device import check_device, default_device
 from loftq.integrations.export import export
 from loftq.integrations.greedy import greedy_adapter
 from loftq.integrations.peft import load_adapter
+from loftq.pipeline.allocate import OnCost
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan, make_plan
@@ -34,9 +35,17 @@ def plan(
     *,
     device: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    measure: bool = False,
+    on_block: calibrate.OnBlock = lambda path, done, total: None,
+    on_cost: OnCost = lambda layer, done, total: None,
     **options: Any,
 ) -> Plan:
     """What `quantize` would do with the same arguments; reads headers only.
+
+    Args:
+        model: as of `quantize`, like device, max_shard_bytes, on_block, on_cost and **options.
+        measure: read the weights too, and measure the costs that an allocation needs and does not
+            find; they are kept.
 
     Raises:
         PlanError: every problem at once.
@@ -45,7 +54,8 @@ def plan(
     chosen = device or default_device()
     if torch.cuda.is_available() or not chosen.startswith("cuda"):
         check_device(chosen)  # else it is a plan for another machine
-    return _prepare(model, chosen, max_shard_bytes, options).plan
+    follow = (on_block, on_cost) if measure else None
+    return _prepare(model, chosen, max_shard_bytes, options, follow).plan
 
 
 def quantize(
@@ -58,6 +68,7 @@ def quantize(
     on_plan: Callable[[Plan], object] | None = None,
     on_batch: OnBatch | None = None,
     on_block: calibrate.OnBlock = lambda path, done, total: None,
+    on_cost: OnCost = lambda layer, done, total: None,
     **options: Any,
 ) -> RunResult:
     """Quantize a pretrained model into `output`: packed backbone, start adapter, records.
@@ -73,6 +84,8 @@ def quantize(
         on_plan: called with the plan before the first weight is read.
         on_batch: called after each batch (pipeline.run.OnBatch).
         on_block: called when the statistics of a block are taken (calibrate.OnBlock).
+        on_cost: called when a layer's cost is measured for an allocation (allocate.OnCost), before
+            the plan is made.
         **options: fields of `QuantizeConfig`: method, bits, format, rank, alpha, skip, data, ...
 
     Returns:
@@ -84,8 +97,11 @@ def quantize(
     """
     chosen = device or default_device()
     check_device(chosen)
-    ready = _prepare(model, chosen, max_shard_bytes, options)
-    planned, target = ready.plan, Path(output)
+    config, target = _config(options), Path(output)
+    if config.allocation_row().measured:  # it takes minutes to plan
+        _check_output(discover.resolve_source(model), target, overwrite=overwrite)
+    ready = _prepare(model, chosen, max_shard_bytes, options, (on_block, on_cost))
+    planned = ready.plan
     _check_output(ready.folder, target, overwrite=overwrite)
     if on_plan is not None:
         on_plan(planned)
@@ -181,21 +197,31 @@ class _Ready:
 
     def statistics(self, on_block: calibrate.OnBlock) -> StatisticsStore | None:
         """Those that the plan needs, taken now as far as they are not kept already."""
-        if self.windows is None:
+        if self.windows is None or self.plan.calibration is None:
             return None
-        from loftq.integrations.blocks import CheckpointBlocks
-
         return calibrate.take_statistics(
             self.plan,
             self.windows,
-            lambda: CheckpointBlocks(self.folder, self.source, torch.device(self.plan.device)),
+            lambda: _blocks(self.folder, self.source, self.plan.device),
             on_block=on_block,
+            open_whole=lambda: _whole(self.folder, self.plan.device),
         )
 
 
+def _blocks(folder: Path, source: Checkpoint, device: str) -> BlockModel:
+    from loftq.integrations.blocks import CheckpointBlocks
+
+    return CheckpointBlocks(folder, source, torch.device(device))
+
+
 def _prepare(
-    model: str | Path, device: str, max_shard_bytes: int, options: Mapping[str, Any]
+    model: str | Path,
+    device: str,
+    max_shard_bytes: int,
+    options: Mapping[str, Any],
+    follow: tuple[calibrate.OnBlock, OnCost] | None,
 ) -> _Ready:
+    """Everything up to the plan; with `follow` what an allocation lacks is measured."""
     config = _config(options)
     folder = discover.resolve_source(model)
     discover.refuse_unusable(folder)
@@ -209,6 +235,14 @@ def _prepare(
         tables=config.tables,
     )
     windows = _windows(config, layout, folder)
+    measuring = None
+    if follow is not None:
+        measuring = allocate.Measuring(
+            open_blocks=lambda: _blocks(folder, source, device),
+            open_model=lambda: _whole(folder, device),
+            on_block=follow[0],
+            on_cost=follow[1],
+        )
     planned = make_plan(
         config,
         layout,
@@ -216,13 +250,20 @@ def _prepare(
         device=device,
         max_shard_bytes=max_shard_bytes,
         calibration=calibrate.planned(config, windows, source.fingerprint(), device),
+        choice=allocate.allocated(config, layout, source, windows, device, measuring),
     )
     return _Ready(folder, source, planned, windows)
 
 
+def _whole(folder: Path, device: str) -> PreTrainedModel:
+    """The dense model with its head, in float32."""
+    model = discover.model_class(folder).from_pretrained(folder, dtype=torch.float32)
+    return model.eval().to(device)
+
+
 def _windows(config: QuantizeConfig, layout: ModelLayout, folder: Path) -> TokenWindows | None:
-    """Calibration tokens; the tokenizer is loaded only for a method that needs them."""
-    if config.data is None or config.resolved_method().needs == "none":
+    """Calibration tokens; the tokenizer is loaded only where they are needed."""
+    if config.data is None or not config.reads_text:
         return None
     tokenizer = discover.load_tokenizer(folder)
     return calibrate.read_windows(config, layout, tokenizer, discover.load_config(folder))

@@ -161,3 +161,22 @@ def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -
     allowed = loftq("plan", folder, "--rank", 2, "--allow-uncovered")
     assert allowed.code == 0
     assert "expert tensors: cannot be packed yet" in allowed.out
+
+
+def test_a_measured_allocation_is_shown_beside_its_rivals(
+    loftq: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOFTQ_CACHE", str(tmp_path / "cache"))
+    asked = ("plan", model, "--rank", 4, "--bits", 3.4, "--allocation", "error")
+    refused = loftq(*asked)
+    assert refused.code == 1
+    assert "42 of 42 costs are not measured yet" in refused.err
+    answer = loftq(*asked, "--measure")
+    assert answer.code == 0
+    for words in ("least error cost within 3.4 bits", "this choice", "nf2-g64-dq", "down_proj",
+                  "at most 3.400 bits a weight"):  # fmt: skip
+        assert words in answer.out
+    found = loftq(*asked, "--json").json["allocation"]  # measured by now
+    assert found["nbytes"] <= found["budget"]
+    assert len(found["formats"]) == 14
+    assert all(found["cost"] <= rival["cost"] for rival in found["rivals"])

@@ -62,7 +62,8 @@ def test_every_key_of_chat_is_listed_with_its_default() -> None:
 
 
 def test_the_defaults_of_keys_are_those_of_the_configuration() -> None:
-    words = {None: ("the method's", "the format's", "none"), False: ("`false`",), 16: ("`16`",)}
+    words = {None: ("the method's", "the format's", "none"), False: ("`false`",), 16: ("`16`",),
+             (): ("none", "the 2-, 3- and 4-bit formats")}  # fmt: skip
     for field in fields(QuantizeConfig):
         if field.name not in ROWS:
             continue  # a flag

@@ -1,6 +1,28 @@
-"""Which format each layer gets: mixed precision by depth and by name pattern."""
+"""Which format each layer gets: by depth, by measured cost under a budget, by name pattern."""
 
 from loftq.allocation.assign import PlacedLayer, assign_formats, first_k_blocks
+from loftq.allocation.base import Allocation
+from loftq.allocation.choose import Choice, Rival, choose
+from loftq.allocation.error import ERROR, RELATIVE
+from loftq.allocation.first import FIRST
+from loftq.allocation.kl import KL
+from loftq.allocation.knapsack import cheapest
 from loftq.allocation.patterns import matches, unmatched
+from loftq.allocation.table import CostTable
 
-__all__ = ["PlacedLayer", "assign_formats", "first_k_blocks", "matches", "unmatched"]
+ALLOCATIONS: dict[str, Allocation] = {row.name: row for row in (FIRST, ERROR, RELATIVE, KL)}
+
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "Choice",
+    "CostTable",
+    "PlacedLayer",
+    "Rival",
+    "assign_formats",
+    "cheapest",
+    "choose",
+    "first_k_blocks",
+    "matches",
+    "unmatched",
+]

@@ -56,15 +56,17 @@ def assign_formats(
     default: FormatSpec,
     *,
     first: tuple[int, FormatSpec] | None = None,
+    chosen: Mapping[str, FormatSpec] | None = None,
     overrides: Mapping[str, FormatSpec] | None = None,
 ) -> dict[str, FormatSpec]:
-    """Format of every layer: `default`, then `first`, then `overrides` in order.
+    """Format of every layer: `default`, then `first`, `chosen`, then `overrides` in order.
 
     Args:
         layers: the layers to quantize; layers without depth (embeddings, for instance) are never
             among the first blocks.
         default: of every layer that nothing else names.
         first: (k, format) for the layers of the first k blocks.
+        chosen: module path -> format, of a measured allocation.
         overrides: pattern (see `allocation.patterns`) -> format; the last match wins.
 
     Returns:
@@ -73,13 +75,14 @@ def assign_formats(
     Raises:
         ValueError: a pattern that matches no layer, or more first blocks than there are.
     """
-    overrides = overrides or {}
+    overrides, chosen = overrides or {}, chosen or {}
     _check(layers, first, list(overrides))
     formats = {}
     for layer in layers:
         spec = default
         if first is not None and layer.depth is not None and layer.depth < first[0]:
             spec = first[1]
+        spec = chosen.get(layer.module, spec)
         for pattern, override in overrides.items():
             if matches(pattern, layer.module):
                 spec = override

@@ -8,6 +8,7 @@ from loftq.calibration.data import (
     read_documents,
     stream_windows,
 )
+from loftq.calibration.fisher import Fisher, FisherStore, collect_fisher
 from loftq.calibration.store import StatisticsStore, default_folder, statistics_fingerprint
 
 __all__ = [
@@ -15,10 +16,13 @@ __all__ = [
     "OUTSIDE",
     "Accumulator",
     "BlockModel",
+    "Fisher",
+    "FisherStore",
     "InputStatistics",
     "StatisticsStore",
     "TokenWindows",
     "collect",
+    "collect_fisher",
     "default_folder",
     "document_windows",
     "layers_in",

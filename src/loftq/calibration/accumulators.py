@@ -40,6 +40,10 @@ class InputStatistics:
     """Tokens counted."""
     dropped: int = 0
     """Tokens left out because an input of theirs was NaN or infinite."""
+    fisher_rows: Tensor | None = None
+    """Row means of the weight's Fisher diagonal, (out_features,) float64; see fisher.py."""
+    fisher_columns: Tensor | None = None
+    """Its column means, (in_features,) float64."""
 
 
 class Accumulator:

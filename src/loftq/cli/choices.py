@@ -41,6 +41,9 @@ def _format(plan: Plan, given: Set[str]) -> Choice:
     names = Counter(str(layer.spec) for layer in plan.layers)
     value = ", ".join(names) if len(names) < 4 else f"{len(names)} formats"
     value += f" ({plan.bits_per_weight:.2f} bits a weight with scales)"
+    if plan.choice is not None:
+        reason = f"least {plan.choice.allocation} cost within {plan.config.bits:g} bits a weight"
+        return Choice("format", value, reason)
     if plan.config.engine is not None:
         return Choice("format", value, f"the one that {plan.config.engine} can hold without loss")
     if given & {"format", "formats", "bits"}:

@@ -23,7 +23,14 @@ Settings = Annotated[
 ]
 Bits = Annotated[
     float | None,
-    typer.Option(help="4, 3 or 2; 2.5 mixes 4 and 2 bits by depth. Default 4."),
+    typer.Option(help="4, 3 or 2; 2.5 mixes formats as --allocation says. Default 4."),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="How a fraction of bits is spent: first (blocks at 4 bits, the rest at 2; default) or "
+        "by measured cost: error, relative, kl."
+    ),
 ]
 Format = Annotated[
     str | None, typer.Option(help="Format by name, over --bits: nf3-g64-dq, int4-g128-f16, ...")

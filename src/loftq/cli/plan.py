@@ -1,4 +1,4 @@
-"""`loftq plan`: what `loftq quantize` would do; reads headers only."""
+"""`loftq plan`: what `loftq quantize` would do; reads headers only, unless it is to measure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq.cli import console, fitting, options
+from loftq.cli import allocating, console, fitting, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,7 @@ def plan(
         Path | None, typer.Option("-o", "--output", help="Where it would go: compares free disk.")
     ] = None,
     bits: options.Bits = None,
+    allocation: options.Allocation = None,
     format: options.Format = None,
     method: options.Method = None,
     rank: options.Rank = None,
@@ -43,20 +44,27 @@ def plan(
             "its longest row and its tokens."
         ),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Read the weights too and measure the costs that --allocation needs."
+        ),
+    ] = False,
     allow_uncovered: options.AllowUncovered = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Say what quantizing MODEL would take and give: bits, bytes, memory, time, where it serves."""
     flags = {
-        "bits": bits, "format": format, "method": method, "rank": rank, "alpha": alpha,
-        "data": data, "targets": targets, "skip": skip, "engine": engine, "device": device,
-        "seed": seed, "allow_uncovered": allow_uncovered,
+        "bits": bits, "allocation": allocation, "format": format, "method": method, "rank": rank,
+        "alpha": alpha, "data": data, "targets": targets, "skip": skip, "engine": engine,
+        "device": device, "seed": seed, "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     known = None if memory is None else {**_training_keys(), **options.keys()}
     request = options.collect(flags, settings, config, known)
     with console.answering(as_json=as_json):
         from loftq import api
         from loftq.cli.choices import choices
+        from loftq.cli.progress import QuantizeProgress
         from loftq.report import describe_plan
 
         training, settled, given = None, dict(request.options), request.given
@@ -65,7 +73,17 @@ def plan(
             training, quantize = fitting.within(model, memory, rows, settled)
             settled = quantize | {k: v for k, v in settled.items() if k in fitting.ELSEWHERE}
             given -= {"data"}
-        planned = api.plan(model, **settled)
+        follow = QuantizeProgress(console.screen(as_json=as_json), console.side_screen())
+        try:
+            planned = api.plan(
+                model,
+                measure=measure,
+                on_block=follow.on_block,
+                on_cost=follow.on_cost,
+                **settled,
+            )
+        finally:
+            follow.close()
         report = describe_plan(planned)
         chosen = choices(planned, given)
         free = None if output is None else _free(output)
@@ -86,6 +104,8 @@ def plan(
     out.print(lines)
     out.print()
     _print_layers(out, report)
+    if planned.choice is not None:
+        allocating.show(out, planned)
     _print_totals(out, report)
     if training is not None:
         fitting.show(out, training)

@@ -67,16 +67,23 @@ class QuantizeProgress:
         """The plan is known and work begins."""
         from loftq.pipeline.progress import Tally
 
+        self.close()
         self._tally = Tally(plan)
         self._bar = Bar(self._console, "layers")
         self._bar.update(0, len(plan.layers), f"{duration(self._tally.seconds_left)} left")
 
     def on_block(self, path: str, done: int, total: int) -> None:
         """The statistics of a block are taken (integrations.calibrate.OnBlock)."""
-        assert self._tally is not None
+        if self._tally is None:  # for an allocation, before there is a plan
+            self._costs().update(0, 0, f"calibrating, {done} of {total} blocks")
+            return
         assert self._bar is not None
         layers = len(self._tally.plan.layers)
         self._bar.update(0, layers, f"calibrating, {done} of {total} blocks")
+
+    def on_cost(self, layer: str, done: int, total: int) -> None:
+        """The cost of a layer in a format is measured (pipeline.allocate.OnCost)."""
+        self._costs().update(done, total, f"measuring, {layer}")
 
     def on_batch(self, batch: Batch, records: list[Mapping[str, Any]], resumed: bool) -> None:
         """A batch is done (pipeline.run.OnBatch)."""
@@ -106,6 +113,11 @@ class QuantizeProgress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+
+    def _costs(self) -> Bar:
+        if self._bar is None:
+            self._bar = Bar(self._console, "costs")
+        return self._bar
 
 
 def _bar(console: Console) -> Progress:

@@ -120,6 +120,7 @@ def provenance(result: RunResult, source_name: str) -> dict[str, Any]:
         "config": plan.config.to_dict(),
         "scaling": plan.config.scaling,
         "calibration": calibration_record(plan),
+        "allocation": allocation_record(plan),
         "totals": totals(result),
         "backbone": result.backbone,
         "kept": [
@@ -140,6 +141,13 @@ def calibration_record(plan: Plan) -> dict[str, Any] | None:
     if plan.calibration is None:
         return None
     return {key: value for key, value in plan.calibration.to_dict().items() if key != "folder"}
+
+
+def allocation_record(plan: Plan) -> dict[str, Any] | None:
+    """Budget, cost and rivals of a measured allocation; formats stand in the layers' records."""
+    if plan.choice is None:
+        return None
+    return {key: value for key, value in plan.choice.to_dict().items() if key != "formats"}
 
 
 def totals(result: RunResult) -> dict[str, Any]:

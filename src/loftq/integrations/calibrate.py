@@ -5,16 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from loftq.calibration import (
     BlockModel,
+    FisherStore,
     StatisticsStore,
     TokenWindows,
     collect,
+    collect_fisher,
     default_folder,
     document_windows,
     layers_in,
@@ -38,7 +44,7 @@ OnBlock = Callable[[str, int, int], object]
 def read_windows(
     config: QuantizeConfig, layout: ModelLayout, tokenizer: Any, model_config: Any
 ) -> TokenWindows | None:
-    """The calibration tokens of a configuration; None where the method needs none, or has no text.
+    """The calibration tokens of a configuration; None where nothing needs any, or has no text.
 
     A causal model reads one stream in full windows. All others read document by document, with
     their special tokens, padded to the longest; the padding is masked.
@@ -47,7 +53,7 @@ def read_windows(
         ValueError: a file that cannot be used (calibration/data.py), or a tokenizer without the
             padding token that documents need.
     """
-    if config.data is None or config.resolved_method().needs == "none":
+    if config.data is None or not config.reads_text:
         return None
     context = min(config.calibration_context, _longest(tokenizer, model_config))
     shape = {"windows": config.calibration_windows, "context": context}
@@ -73,7 +79,7 @@ def planned(
     config: QuantizeConfig, windows: TokenWindows | None, source_fingerprint: str, device: str
 ) -> Calibration | None:
     """What the plan has to know of these tokens."""
-    if windows is None:
+    if windows is None or config.resolved_method().needs == "none":
         return None
     name = statistics_fingerprint(
         source=source_fingerprint, tokens=windows.fingerprint, device=device
@@ -84,9 +90,14 @@ def planned(
         windows=windows.ids.shape[0],
         context=windows.ids.shape[1],
         tokens=windows.tokens,
-        folder=str(Path(config.statistics).expanduser() if config.statistics else default_folder()),
+        folder=str(statistics_folder(config)),
         fingerprint=name,
     )
+
+
+def statistics_folder(config: QuantizeConfig) -> Path:
+    """Where statistics and costs are kept."""
+    return Path(config.statistics).expanduser() if config.statistics else default_folder()
 
 
 def take_statistics(
@@ -95,6 +106,7 @@ def take_statistics(
     open_model: Callable[[], BlockModel],
     *,
     on_block: OnBlock = lambda path, done, total: None,
+    open_whole: Callable[[], nn.Module] | None = None,
 ) -> StatisticsStore:
     """The statistics that a plan needs, read from its folder as far as they are there.
 
@@ -103,9 +115,15 @@ def take_statistics(
         windows: the tokens it was planned with.
         open_model: makes the model, called only where a block is missing.
         on_block: progress.
+        open_whole: makes the dense model with its head, for a method that needs gradients.
     """
     calibration = plan.calibration
     assert calibration is not None
+    if calibration.kind == "fisher":
+        assert open_whole is not None, "Fisher means need the whole model"
+        inputs = replace(plan, calibration=replace(calibration, kind="diagonal"))
+        take_statistics(inputs, windows, open_model, on_block=on_block)
+        return _take_fisher(plan, windows, open_whole, on_block)
     store = StatisticsStore(Path(calibration.folder), calibration.fingerprint)
     # A table without an adapter is only rounded, whatever its inputs.
     layers = {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
@@ -134,6 +152,35 @@ def take_statistics(
         collect(model, layers, windows, calibration.kind, on_block=keep, skip=known, chunk=chunk)
         if pending is not None:
             pending.result()
+    return store
+
+
+def _take_fisher(
+    plan: Plan, windows: TokenWindows, open_whole: Callable[[], nn.Module], on_block: OnBlock
+) -> FisherStore:
+    """The Fisher means of a plan's layers, by the loss of the next token on each window."""
+    assert plan.calibration is not None
+    store = FisherStore(Path(plan.calibration.folder), plan.calibration.fingerprint)
+    layers = {x.info.module: x.info.kind == "conv1d" for x in plan.layers if x.rank}
+    if store.holds_fisher(layers):
+        return store
+    model = open_whole()
+    device = next(model.parameters()).device
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        ids = ids[None].to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return cross_entropy(logits, ids[0, 1:])
+
+    total = len(windows.ids)
+    with full_float32():
+        found = collect_fisher(
+            model,
+            [partial(loss, ids) for ids in windows.ids],
+            layers,
+            on_loss=lambda done: on_block("gradients", done, total),
+        )
+    store.write_fisher(found)
     return store
 
 

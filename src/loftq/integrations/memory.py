@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loftq.calibration import StatisticsStore, TokenWindows
 from loftq.checkpoint import DTYPE_NAMES, TensorEntry, backbone_hash
-from loftq.integrations import artifact, calibrate, discover
+from loftq.integrations import allocate, artifact, calibrate, discover
 from loftq.integrations.blocks import LoadedBlocks
 from loftq.integrations.builders import BUILDERS
 from loftq.integrations.config import LoftqConfig
@@ -78,20 +78,29 @@ def quantize_model(
     with tempfile.TemporaryDirectory(prefix="loftq-") as place:
         here = replace(config, statistics=place)
         calibration = calibrate.planned(here, windows, "", where)
-        plan = make_plan(config, layout, source, device=where, calibration=calibration)
+        measuring = allocate.Measuring(
+            open_blocks=lambda: LoadedBlocks(model), open_model=lambda: model
+        )
+        choice = allocate.allocated(here, layout, source, windows, where, measuring)
+        plan = make_plan(
+            config, layout, source, device=where, calibration=calibration, choice=choice
+        )
         statistics = None
-        if windows is not None:
-            statistics = calibrate.take_statistics(plan, windows, lambda: LoadedBlocks(model))
+        if windows is not None and calibration is not None:
+            statistics = calibrate.take_statistics(
+                plan, windows, lambda: LoadedBlocks(model), open_whole=lambda: model
+            )
         return _packed(model, plan, source, statistics, on_batch)
 
 
 def _windows(
     config: QuantizeConfig, layout: ModelLayout, tokenizer: Any, model: nn.Module
 ) -> TokenWindows | None:
-    if config.data is not None and config.resolved_method().needs != "none" and tokenizer is None:
+    if config.data is not None and config.reads_text and tokenizer is None:
+        needed = config.resolved_method().needs != "none"
+        who = f"method={config.method}" if needed else f"allocation={config.allocation}"
         raise ValueError(
-            f"method={config.method} calibrates on {config.data}: pass the model's tokenizer too "
-            "(tokenizer=...)."
+            f"{who} calibrates on {config.data}: pass the model's tokenizer too (tokenizer=...)."
         )
     return calibrate.read_windows(config, layout, tokenizer, getattr(model, "config", None))
 

@@ -7,6 +7,7 @@ from loftq.methods.corda import CORDA
 from loftq.methods.eora import EORA
 from loftq.methods.fast import FAST
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
+from loftq.methods.lq_lora import LQ_LORA
 from loftq.methods.lqer import LQER
 from loftq.methods.problem import LayerProblem, ProblemStatistics
 from loftq.methods.projq import PROJQ
@@ -22,6 +23,7 @@ _ROWS = (
     FAST,
     LOFTQ_PAPER,
     QPISSA,
+    LQ_LORA,
     LQER,
     QERA_APPROX,
     QERA_EXACT,

@@ -81,10 +81,10 @@ class Method:
     summary: str
     """One line for tables and --help."""
     needs: str = "none"
-    """Statistics of the inputs that it must be given: none, diagonal or gram."""
+    """Statistics of the inputs that it must be given: none, diagonal, gram or fisher."""
     metric: str = "identity"
-    """What an error costs: identity, diagonal, largest-mean, gram, eigenspace or covariance
-    (methods/parts.py)."""
+    """What an error costs: identity, diagonal, largest-mean, gram, eigenspace, covariance
+    or fisher (methods/parts.py)."""
     transform: str = "none"
     """What is done to a weight each time before it is rounded: none or magr (transforms)."""
     rounding: str = "rtn"

@@ -31,8 +31,9 @@ from loftq.transforms import magr
 if TYPE_CHECKING:
     from loftq.methods.base import Method
 
-NEEDS = ("none", "diagonal", "gram")
-"""Statistics of the inputs, in rising order: whoever has a Gram has the diagonal."""
+NEEDS = ("none", "diagonal", "gram", "fisher")
+"""Statistics, in rising order: whoever has a Gram has the diagonal. Fisher means come with the
+diagonal of the inputs, without their Gram."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ def _covariance(problem: LayerProblem, damping: float) -> Metric:
     return Metric(CovarianceRoot(known_gram(problem), damping=damping, strict=problem.strict))
 
 
+def _fisher(problem: LayerProblem, damping: float) -> Metric:
+    """LQ-LoRA's D_col and D_row: roots of the means of the Fisher diagonal."""
+    known = known_inputs(problem)
+    if known.fisher_rows is None or known.fisher_columns is None:
+        raise ValueError(f"{problem.names[0]}: this method needs Fisher means of the weights.")
+    return Metric(
+        DiagonalRoot(known.fisher_columns, damping=damping),
+        DiagonalRoot(known.fisher_rows, damping=damping),
+    )
+
+
 def _rtn(problem: LayerProblem, gram: Tensor | None, damping: float) -> Quantize:
     return lambda target: round_to_nearest(target, problem.spec, fit=problem.scale_fit)
 
@@ -114,6 +126,7 @@ METRICS = {
     "gram": MetricPart("gram", _gram),
     "eigenspace": MetricPart("gram", _eigenspace),
     "covariance": MetricPart("gram", _covariance),
+    "fisher": MetricPart("fisher", _fisher),
 }
 TRANSFORMS = {
     "none": TransformPart("none", lambda problem, W, gram: W, 0.0),

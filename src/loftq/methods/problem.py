@@ -23,6 +23,10 @@ class ProblemStatistics:
     """Tokens counted, for each weight."""
     dropped: tuple[int, ...]
     """Tokens left out because an input was not finite, for each weight."""
+    fisher_rows: Tensor | None = None
+    """Row means of each weight's Fisher diagonal, (n, out_features) float64; None if not taken."""
+    fisher_columns: Tensor | None = None
+    """Column means of the same, (n, in_features) float64."""
 
 
 @dataclass(frozen=True, kw_only=True)

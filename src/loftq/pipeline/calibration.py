@@ -22,7 +22,7 @@ class Calibration:
     """Tokens and statistics of a planned quantization."""
 
     kind: str
-    """Statistics that the method needs: diagonal or gram."""
+    """Statistics that the method needs: diagonal, gram or fisher."""
     source: str
     """Name of the text file."""
     windows: int
@@ -46,7 +46,8 @@ class CalibrationCost:
 
     seconds: float
     device_bytes: int
-    """One block, its statistics and the hidden states of all tokens."""
+    """One block, its statistics and the hidden states of all tokens; for Fisher means all blocks,
+    to which activations of one window come."""
     disk_bytes: int
     """Statistics of all layers."""
 
@@ -83,10 +84,14 @@ def calibration_cost(
     states = 4 * calibration.windows * calibration.context * min(shape for _, shape in widths)
     work = 2.0 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
     work += sum(n * 2.0 * key[1] ** (2 if squares else 1) for key, n in inputs.items())
+    held_bytes = max(blocks.values()) + 2 * states
+    if calibration.kind == "fisher":  # a forward and a backward of the whole model
+        work += 6.0 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        held_bytes = 4 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
     speed = FLOPS.get(device.split(":")[0], FLOPS["cuda"])
     return CalibrationCost(
         seconds=calibration.tokens * work / speed,
-        device_bytes=max(blocks.values()) + 2 * states,
+        device_bytes=held_bytes,
         disk_bytes=sum(held.values()) // (2 if squares else 1),
     )
 
@@ -106,10 +111,14 @@ def read_statistics(
     """The statistics of a batch as stacks on the device."""
     found = [statistics.read(layer, kind, device) for layer in layers]
     grams = [one.gram for one in found if one.gram is not None]
+    rows = [one.fisher_rows for one in found if one.fisher_rows is not None]
+    columns = [one.fisher_columns for one in found if one.fisher_columns is not None]
     return ProblemStatistics(
         mean_square=torch.stack([one.mean_square for one in found]),
         largest_mean=torch.stack([one.largest_mean for one in found]),
         gram=torch.stack(grams) if grams else None,
         tokens=tuple(one.tokens for one in found),
         dropped=tuple(one.dropped for one in found),
+        fisher_rows=torch.stack(rows) if rows else None,
+        fisher_columns=torch.stack(columns) if columns else None,
     )

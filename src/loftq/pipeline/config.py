@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from loftq.allocation import ALLOCATIONS, Allocation
 from loftq.formats import FITS, FormatSpec, parse_format
 from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
@@ -34,7 +35,17 @@ class QuantizeConfig:
     method: str = "loftq"
     """Row of the method table: loftq, qlora, fast, and the reproductions of `loftq lab methods`."""
     bits: float = 4
-    """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does."""
+    """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does. With a
+    measured allocation the most bits per weight all told, scales and zeros included."""
+    allocation: str = "first"
+    """How a fraction of bits is spent: first (blocks, by depth) or by measured cost, exactly within
+    the budget: error, relative or kl (allocation/)."""
+    candidates: tuple[str, ...] = ()
+    """Formats that a measured allocation chooses from; empty = those of 2, 3 and 4 bits."""
+    costs_by: str | None = None
+    """Method that a measured allocation takes its costs from; None = `method` itself."""
+    allocation_windows: int = 4
+    """Windows of the calibration text that allocation=kl measures on."""
     format: str | None = None
     """Format by name (nf4-g64-dq, int3-g128-f16, ...); overrides bits."""
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -113,6 +124,8 @@ class QuantizeConfig:
                 f"damping={self.damping}: must lie between 0 and {MOST_DAMPING:g} times the mean "
                 "of the Gram's diagonal."
             )
+        if self.allocation_windows < 1:
+            return f"allocation_windows={self.allocation_windows}: must be at least 1."
         if self.engine is not None and (self.format is not None or self.bits != 4):
             return (
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
@@ -141,6 +154,7 @@ class QuantizeConfig:
             ("scale_fit", self.scale_fit, FITS),
             ("solver", self.solver, SOLVERS),
             ("engine", self.engine, tuple(ENGINE_FORMATS)),
+            ("allocation", self.allocation, tuple(ALLOCATIONS)),
         ):
             if value is not None and value not in known:
                 return f"{key}={value!r} does not exist; choose one of {', '.join(known)}."
@@ -148,6 +162,28 @@ class QuantizeConfig:
         self.default_format()
         for name in self.formats.values():
             parse_format(name)
+        return self._check_allocation()
+
+    def _check_allocation(self) -> str:
+        if self.costs_by is not None:
+            find_method(self.costs_by)
+        if not self.allocation_row().measured:
+            if self.candidates:
+                measured = ", ".join(name for name, row in ALLOCATIONS.items() if row.measured)
+                return (
+                    f"candidates={','.join(self.candidates)}: allocation={self.allocation} goes by "
+                    f"depth and chooses from no formats. Choose one that measures: {measured}."
+                )
+            return ""
+        if self.format is not None or self.engine is not None:
+            return (
+                f"allocation={self.allocation}: chooses a format for each layer, so leave "
+                f"{'format' if self.format is not None else 'engine'} out, or name the formats to "
+                "choose from with candidates=..."
+            )
+        names = [str(spec) for spec in self.candidate_formats()]
+        if len(set(names)) < 2 or len(set(names)) < len(names):
+            return f"candidates={','.join(names)}: name two different formats or more."
         return ""
 
     def resolved_method(self) -> Method:
@@ -160,6 +196,28 @@ class QuantizeConfig:
             metric_damping=self.damping,
             design_rank=self.design_rank,
         )
+
+    def allocation_row(self) -> Allocation:
+        """The row of the table of allocations."""
+        return ALLOCATIONS[self.allocation]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method or the allocation looks at `data`."""
+        row = self.allocation_row()
+        measured = row.measured and self.cost_config().resolved_method().needs != "none"
+        return self.resolved_method().needs != "none" or row.reads_text or measured
+
+    def cost_config(self) -> QuantizeConfig:
+        """The same choices with the method that costs are taken from, and nothing measured."""
+        method = self.costs_by or self.method
+        return replace(self, method=method, allocation="first", candidates=(), costs_by=None)
+
+    def candidate_formats(self) -> tuple[FormatSpec, ...]:
+        """What a measured allocation chooses from, the narrowest first unless named otherwise."""
+        if self.candidates:
+            return tuple(parse_format(name) for name in self.candidates)
+        return tuple(self._with_coding(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
 
     def default_format(self) -> FormatSpec:
         """Format of a layer that nothing else assigns."""
@@ -211,7 +269,7 @@ class QuantizeConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(unknown_option(unknown[0]))
-        for key in ("targets", "skip"):
+        for key in ("targets", "skip", "candidates"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])  # type: ignore[arg-type]
         return cls(**values)  # type: ignore[arg-type]

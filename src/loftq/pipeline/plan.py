@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loftq.allocation import assign_formats, first_k_blocks
+from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
 from loftq.ops.reference import PER_TENSOR
@@ -136,6 +136,8 @@ class Plan:
     device: str
     calibration: Calibration | None = None
     """Tokens and statistics; None for methods that need none."""
+    choice: Choice | None = None
+    """What a measured allocation chose; None where formats go by depth and name alone."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -232,6 +234,7 @@ def make_plan(
     device: str = "cpu",
     max_shard_bytes: int = 5_000_000_000,
     calibration: Calibration | None = None,
+    choice: Choice | None = None,
 ) -> Plan:
     """Plan the quantization of a checkpoint; reads nothing but its headers.
 
@@ -242,11 +245,12 @@ def make_plan(
         device: that solves.
         max_shard_bytes: size at which the weights are split over files.
         calibration: tokens and statistics; not looked at by methods that need none.
+        choice: of a configuration with a measured allocation (pipeline/allocate.py).
 
     Raises:
         PlanError: anything that would fail later, all of it at once.
     """
-    specs = planned_formats(config, layout)
+    specs = planned_formats(config, layout, choice)
     problems = _problems(config, layout, source, specs)
     if config.resolved_method().needs == "none":
         calibration = None
@@ -286,6 +290,7 @@ def make_plan(
         source_bytes=sum(entry.nbytes for entry in source.tensors.values()),
         device=device,
         calibration=calibration,
+        choice=choice,
     )
     shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
     return replace(plan, shards=(*shards, ShardFile.plan(ADAPTER_FILE, _adapter_tensors(plan))))
@@ -319,15 +324,33 @@ def adapter_names(info: LayerInfo) -> tuple[str, str]:
     return prefix + "lora_A.weight", prefix + "lora_B.weight"
 
 
-def planned_formats(config: QuantizeConfig, layout: ModelLayout) -> dict[str, FormatSpec]:
-    """Format of every layer: tables in 8 bits, the rest by depth and by the user's patterns."""
+def planned_formats(
+    config: QuantizeConfig, layout: ModelLayout, choice: Choice | None = None
+) -> dict[str, FormatSpec]:
+    """Format of every layer: tables in 8 bits, the rest by depth, choice and the user's patterns.
+
+    Raises:
+        PlanError: a measured allocation without what it chose.
+    """
+    measured = config.allocation_row().measured
+    if measured and choice is None:
+        raise PlanError(
+            f"allocation={config.allocation}: the costs of these layers are not measured yet. "
+            "`loftq plan --measure` does so and keeps them, and so does `loftq quantize`."
+        )
     default = config.default_format()
     overrides = {pattern: parse_format(name) for pattern, name in config.formats.items()}
     tables = {info.module: config.table_format() for info in layout.layers if not info.adapted}
     first = None
-    if config.format is None and config.engine is None and config.bits not in (2, 3, 4):
+    by_depth = not measured and config.format is None and config.engine is None
+    if by_depth and config.bits not in (2, 3, 4):
         first = (first_k_blocks(config.bits, layout.blocks), config.wide_format())
-    return assign_formats(layout.layers, default, first=first, overrides={**tables, **overrides})
+    chosen = (
+        {module: parse_format(name) for module, name in choice.formats.items()} if choice else {}
+    )
+    return assign_formats(
+        layout.layers, default, first=first, chosen=chosen, overrides={**tables, **overrides}
+    )
 
 
 def _problems(
@@ -383,6 +406,11 @@ def _unmet(
 ) -> list[str]:
     """What a method that needs statistics lacks."""
     problems = [] if calibration is not None else [missing_data(config.method)]
+    if config.resolved_method().needs == "fisher" and layout.task_type != "CAUSAL_LM":
+        problems.append(
+            f"{layout.architecture}: {config.method} weighs by gradients of the next token's loss, "
+            "and this model predicts none. Choose a method that reads inputs only, such as fast."
+        )
     embedded = [x.module for x in layout.layers if x.kind == "embedding" and x.adapted]
     if embedded:
         problems.append(

@@ -79,6 +79,8 @@ class PlanReport:
     calibration: dict[str, Any] | None = None
     """Tokens and statistics of a method that needs text, and what taking them costs: seconds,
     device_bytes, disk_bytes."""
+    allocation: dict[str, Any] | None = None
+    """What a measured allocation chose: budget, nbytes, cost, formats, rivals."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -111,6 +113,7 @@ def describe_plan(plan: Plan) -> PlanReport:
         host_bytes=_host_bytes(plan),
         seconds=plan.seconds,
         calibration=_calibration(plan),
+        allocation=plan.choice.to_dict() if plan.choice else None,
     )
 
 
