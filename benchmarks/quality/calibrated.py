@@ -1,14 +1,18 @@
 """Calibrated methods before (and, with --tune, after) a short tuning: output error, perplexity.
 
     python benchmarks/quality/calibrated.py MODEL_FOLDER --data wiki.test.raw.gz
-        --calibrate c4_sample.jsonl.gz [--tune wiki.valid.raw.gz] [--device cuda]
-        [--rows qera-exact:int2-g64-dq:64 fast:int2-g64-dq:64:iters=8 ...] [--out rows.jsonl]
+        --calibrate c4_sample.jsonl.gz [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
+        [--rows qera-exact:int2-g64-dq:64 fast:int2-g64-dq:64:iters=8 lora:-:64 ...]
+        [--device cuda] [--out rows.jsonl]
 
-A row is METHOD:FORMAT:RANK[:KEY=VALUE...]. All rows share the model, the statistics and the
-process. Perplexity by protocol `gptq` (joined text, windows of 2048 without overlap), float32.
-Tuning, as in every row: 150 AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up,
-bfloat16 autocast on a GPU. Needs torch, transformers and safetensors, not peft. With --out the rows
-that are there already are not run again.
+A row is METHOD:FORMAT:RANK[:KEY=VALUE...]; `lora:-:RANK` is the 16-bit model under a fresh LoRA.
+All rows share the model, the statistics and the process. Perplexity by protocol `gptq` (joined
+text, windows of 2048 without overlap), float32, on three texts: --data; what --calibrate holds
+beyond the tokens that were calibrated on (`c4`); questions and answers of --gsm8k. Tuning, as in
+every row: 150 AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up, bfloat16
+autocast on a GPU; with several seeds, each of its own windows and fresh factors, the median is
+shown. Needs torch, transformers and safetensors, not peft. With --out the rows that are there
+already are not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,6 +35,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from loftq.calibration import read_documents
 from loftq.checkpoint import open_checkpoint
 from loftq.eval import encode, perplexity, read_text
 from loftq.integrations import calibrate, discover
@@ -44,6 +50,8 @@ ROWS = tuple(
     for method in ("loftq-paper", "loftq", "qera-approx", "qera-exact", "cloq", "fast")
 )
 STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
+CONTEXT = 1024  # of a calibration window
+OTHERS = 64  # most windows of the texts besides --data
 
 
 @dataclass
@@ -67,9 +75,9 @@ class Lora(nn.Module):
         return F.linear(x, self.Q.to(x.dtype)) + F.linear(F.linear(x, self.A), self.B)
 
 
-def solve(plan: Plan, source: Any, statistics: Any) -> Iterator[tuple[str, Start, dict]]:
+def solve(plan: Plan, source: Any, known: Any) -> Iterator[tuple[str, Start, dict]]:
     """(module, what is stored, record) of every layer, decoded from the packed form."""
-    for done in solved_batches(plan, plan.batches, source, statistics):
+    for done in solved_batches(plan, plan.batches, source, known):
         for i, layer in enumerate(done.batch.layers):
             Q = done.solution.quantized[i].dequantize()
             start = Start(Q, done.solution.lora_A[i], done.solution.lora_B[i])
@@ -85,9 +93,9 @@ def replaced(model: nn.Module, starts: dict[str, Start]) -> nn.Module:
     return model
 
 
-def tune(model: nn.Module, ids: Tensor) -> None:
+def tune(model: nn.Module, ids: Tensor, seed: int) -> None:
     """The tuning that every row gets; windows from a generator of its own."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer, device = torch.optim.AdamW(adapter, lr=RATE, weight_decay=0.0), adapter[0].device
     for step in range(STEPS):
@@ -129,22 +137,31 @@ def planned(args: argparse.Namespace, source: Any, row: str) -> tuple[Plan, Any]
     return make_plan(config, layout, source, device=args.device, calibration=known), windows
 
 
-def scored(args: argparse.Namespace, model: nn.Module, ids: Tensor) -> float:
-    found = perplexity(model, ids, context=2048, windows=args.windows, batch=args.batch)
-    return found.perplexity
+def scored(args: argparse.Namespace, model: nn.Module, texts: dict) -> dict[str, float]:
+    """Perplexity on each text."""
+    found = {}
+    for name, ids in texts.items():
+        windows = args.windows or (None if name == "wiki" else OTHERS)
+        result = perplexity(model, ids, context=2048, windows=windows, batch=args.batch)
+        found[name] = result.perplexity
+    return found
 
 
 def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, texts: dict) -> dict:
-    """All numbers of one row."""
+    """All numbers of one row but those after tuning, and its starts."""
+    if row.startswith("lora:"):
+        size = 2 * sum(math.prod(entry.shape) for entry in source.tensors.values())
+        about = {"row": row, "bits": 16.0, "total_bytes": size, "output_error": 0.0, "solve_s": 0.0}
+        return about | {"before": scored(args, model, texts)}
     plan, _ = planned(args, source, row)
     # Of every layer for every row, so that the output error of data-free methods is known too.
     begin = time.perf_counter()
-    statistics = calibrate.take_statistics(
+    known = calibrate.take_statistics(
         *planned(args, source, "cloq:" + row.partition(":")[2]), lambda: LoadedBlocks(model)
     )
     taken = time.perf_counter()
     starts, records = {}, []
-    for path, start, record in solve(plan, source, statistics):
+    for path, start, record in solve(plan, source, known):
         starts[path] = start
         records.append(record)
     solved = time.perf_counter()
@@ -153,9 +170,9 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         start = starts[layer.info.module]
         weight = effective.get_parameter(f"{layer.info.module}.weight").data
         now = oriented(start.Q + start.B @ start.A, layer.info)
-        errors.append(output_error(weight, now, statistics.read(layer.info.module, "gram").gram))
+        errors.append(output_error(weight, now, known.read(layer.info.module, "gram").gram))
         weight.copy_(now)
-    found = {
+    return {
         "row": row,
         "bits": plan.bits_per_weight,
         "total_bytes": plan.packed_bytes + plan.copied_bytes + plan.adapter_bytes,
@@ -164,14 +181,34 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         "calibrate_s": taken - begin,
         "solve_s": solved - taken,
         "notes": sum(bool(record["notes"]) for record in records),
-        "before": scored(args, effective, texts["test"]),
+        "before": scored(args, effective, texts),
+        "starts": starts,
     }
-    del effective
-    if args.tune is not None:
+
+
+def fresh(model: nn.Module, rank: int, seed: int) -> dict[str, Start]:
+    """LoRA's own start over the dense weights of all blocks: A uniform, B zero."""
+    generator, starts = torch.Generator().manual_seed(seed), {}
+    for path, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) and ".layers." in path):
+            continue
+        W = module.weight.data
+        A = torch.empty(rank, W.shape[1]).uniform_(-1, 1, generator=generator) / W.shape[1] ** 0.5
+        starts[path] = Start(W, A.to(W.device), W.new_zeros(len(W), rank))
+    return starts
+
+
+def tuned(
+    args: argparse.Namespace, model: nn.Module, found: dict, texts: dict, ids: Tensor
+) -> list[dict[str, float]]:
+    """Perplexities after tuning, a dict per seed."""
+    rank, after = int(found["row"].split(":")[2]), []
+    for seed in range(1, args.seeds + 1):
+        starts = found.get("starts") or fresh(model, rank, seed)
         adapted = replaced(model, starts)
-        tune(adapted.train(), texts["tune"])
-        found["after"] = scored(args, adapted.eval(), texts["test"])
-    return found
+        tune(adapted.train(), ids, seed)
+        after.append(scored(args, adapted.eval(), texts))
+    return after
 
 
 def output_error(W: Tensor, now: Tensor, gram: Tensor) -> float:
@@ -182,16 +219,28 @@ def output_error(W: Tensor, now: Tensor, gram: Tensor) -> float:
 
 
 def show(rows: list[dict], about: str) -> None:
+    """A markdown table: each text before and after tuning, medians and ranges over seeds."""
+    texts = list(rows[0]["before"]) if rows else []
+    names = [f"{text} {when}" for when in ("before", "after") for text in texts]
     print(about)
-    print("| row | bits | MB in all | weight error | output error | s | before | after |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(f"| row | bits | MB in all | output error | s | {' | '.join(names)} |")
+    print("|---|" + "--:|" * (4 + len(names)))
     for r in rows:
-        after = f"{r['after']:.2f}" if "after" in r else "-"
+        cells = [f"{r['before'][text]:.2f}" for text in texts]
+        cells += [spread([one[text] for one in r.get("after", [])]) for text in texts]
         print(
-            f"| {r['row']} | {r['bits']:.3f} | {r['total_bytes'] / 1e6:.1f} | {r['error']:.4f} | "
-            f"{r['output_error']:.4f} | {r['solve_s']:.1f} | {r['before']:.2f} | {after} |",
+            f"| {r['row']} | {r['bits']:.3f} | {r['total_bytes'] / 1e6:.1f} | "
+            f"{r['output_error']:.4f} | {r['solve_s']:.1f} | {' | '.join(cells)} |",
             flush=True,
         )
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the range where there are several."""
+    if not values:
+        return "-"
+    middle = f"{statistics.median(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f}-{max(values):.2f})"
 
 
 def main() -> None:
@@ -199,7 +248,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="test text")
     parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
+    parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
     parser.add_argument("--tune", type=Path, help="text to tune on; leave out for no tuning")
+    parser.add_argument("--seeds", type=int, default=1, help="tunings of each row")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after these")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, help="test windows; default all")
     parser.add_argument("--batch", type=int, default=1)
@@ -210,25 +262,46 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = {"test": encode(tokenizer, read_text(args.data))}
-    if args.tune is not None:
-        texts["tune"] = encode(tokenizer, read_text(args.tune))
+    tokenizer, begin = AutoTokenizer.from_pretrained(args.model), time.perf_counter()
+    texts = read_texts(args, tokenizer)
+    ids = None if args.tune is None else encode(tokenizer, read_text(args.tune))
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
     rows: list[dict] = []
     if args.out is not None and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-    print(f"reference {scored(args, model, texts['test']):.3f}", flush=True)
+    print(f"reference {scored(args, model, texts)}", flush=True)
     for row in args.rows:
         if row in {known["row"] for known in rows}:
             continue
-        rows.append(measure(args, model, source, row, texts))
-        print(json.dumps(rows[-1]), flush=True)
+        if time.perf_counter() - begin > args.seconds:
+            print(f"{row}: no time left")
+            continue
+        found = measure(args, model, source, row, texts)
+        if ids is not None:
+            start = time.perf_counter()
+            found["after"] = tuned(args, model, found, texts, ids)
+            found["tune_s"] = time.perf_counter() - start
+        found.pop("starts", None)
+        rows.append(found)
+        print(json.dumps(found), flush=True)
         if args.out is not None:
             with args.out.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+                file.write(json.dumps(found) + "\n")
     show(rows, about(args))
+
+
+def read_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
+    """Token ids of the test texts; of the calibration file, what lies behind its windows."""
+    texts = {"wiki": encode(tokenizer, read_text(args.data))}
+    c4 = encode(tokenizer, "\n\n".join(read_documents(args.calibrate)))
+    if len(rest := c4[args.calibration_windows * CONTEXT :]) >= 2048:
+        texts["c4"] = rest
+    if args.gsm8k is not None:
+        pairs = map(json.loads, args.gsm8k.read_text().splitlines())
+        text = "\n\n".join(f"{pair['question']}\n{pair['answer']}" for pair in pairs)
+        texts["gsm8k"] = encode(tokenizer, text)
+    return texts
 
 
 def about(args: argparse.Namespace) -> str:
