@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class InputStatistics:
     """Tokens counted."""
     dropped: int = 0
     """Tokens left out because an input of theirs was NaN or infinite."""
+    drift: Tensor | None = None
+    """E[(x - x_hat) x_hat^T], (in_features, in_features) float32, where all the rest is of the
+    inputs x_hat of a model quantized so far and x are those of the original (sequence.py)."""
 
 
 class Accumulator:
@@ -97,6 +100,45 @@ class Accumulator:
             tokens=self.tokens,
             dropped=self.dropped,
         )
+
+
+class PairAccumulator:
+    """Sums over pairs of inputs: x of the original model, x_hat of the quantized one.
+
+    Args:
+        in_features: width of the inputs.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.own = Accumulator(in_features, "gram", device)
+        self.dropped = 0
+        self.drift = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """Count the tokens of one window, both (tokens, in_features) of any float dtype.
+
+        A token with a value that is not finite in either is left out whole and counted.
+        """
+        x, x_hat = x.float(), x_hat.float()
+        finite = torch.isfinite(x).all(-1) & torch.isfinite(x_hat).all(-1)
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            x, x_hat = x[finite], x_hat[finite]
+        self.own.add(x_hat)
+        with _full_float32(x.device):
+            self.drift.addmm_((x - x_hat).mT, x_hat)
+
+    def result(self) -> InputStatistics:
+        """The means of x_hat and the drift, on the CPU.
+
+        Raises:
+            ValueError: no token was counted.
+        """
+        if not self.own.tokens:
+            raise ValueError(f"no finite input among {self.dropped} tokens")
+        drift = (self.drift / self.own.tokens).cpu()
+        return replace(self.own.result(), dropped=self.dropped, drift=drift)
 
 
 @contextmanager

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from loftq.calibration import (
     BlockModel,
+    SequentialStatistics,
     StatisticsStore,
     TokenWindows,
     collect,
@@ -19,7 +22,7 @@ from loftq.calibration import (
     stream_windows,
 )
 from loftq.integrations.structure import text_config
-from loftq.pipeline.calibration import Calibration
+from loftq.pipeline.calibration import Calibration, Statistics
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan
@@ -82,6 +85,28 @@ def planned(
     )
 
 
+def open_statistics(
+    plan: Plan,
+    windows: TokenWindows,
+    open_model: Callable[[], BlockModel],
+    *,
+    recall: Callable[[str], Tensor],
+    on_block: OnBlock = lambda path, done, total: None,
+) -> Statistics:
+    """The statistics that a plan needs: all of the original model, or layer after layer.
+
+    Args:
+        plan, windows, open_model, on_block: see `take_statistics`.
+        recall: what a layer solved by an earlier run computes with (calibration/sequence.py).
+    """
+    if not plan.config.resolved_method().sequential:
+        return take_statistics(plan, windows, open_model, on_block=on_block)
+    assert plan.calibration is not None
+    layers = _read_layers(plan)
+    _warn_of_few_tokens(plan.calibration, layers)
+    return SequentialStatistics(open_model, layers, windows, recall=recall, on_block=on_block)
+
+
 def take_statistics(
     plan: Plan,
     windows: TokenWindows,
@@ -100,8 +125,7 @@ def take_statistics(
     calibration = plan.calibration
     assert calibration is not None
     store = StatisticsStore(Path(calibration.folder), calibration.fingerprint)
-    # A table without an adapter is only rounded, whatever its inputs.
-    layers = {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
+    layers = _read_layers(plan)
     _warn_of_few_tokens(calibration, layers)
     if store.holds(layers, calibration.kind):
         return store
@@ -120,6 +144,11 @@ def take_statistics(
 
     collect(model, layers, windows, calibration.kind, on_block=keep, skip=known)
     return store
+
+
+def _read_layers(plan: Plan) -> dict[str, int]:
+    """Path -> in_features; a table without an adapter is only rounded, whatever its inputs."""
+    return {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
 
 
 def _warn_of_few_tokens(calibration: Calibration, layers: dict[str, int]) -> None:

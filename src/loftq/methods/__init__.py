@@ -1,6 +1,7 @@
 """One row per method, one file per paper; each is a composition of the same parts."""
 
 from loftq.methods.base import LayerRecord, LayerSolution, Method
+from loftq.methods.best import BEST
 from loftq.methods.cloq import CLOQ
 from loftq.methods.fast import FAST
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
@@ -12,7 +13,7 @@ from loftq.methods.qpissa import QPISSA
 
 METHODS: dict[str, Method] = {
     m.name: m
-    for m in (LOFTQ, QLORA, FAST, LOFTQ_PAPER, QPISSA, LQER, QERA_APPROX, QERA_EXACT, CLOQ)
+    for m in (LOFTQ, QLORA, FAST, BEST, LOFTQ_PAPER, QPISSA, LQER, QERA_APPROX, QERA_EXACT, CLOQ)
 }
 
 __all__ = [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loftq.lowrank import CholeskyRoot, DiagonalRoot, Metric, Solver, WhitenedSolver, make_solver
 from loftq.methods.problem import LayerProblem, ProblemStatistics
+from loftq.methods.target import sequential_target
 from loftq.rounding import DescentGptq, Gptq, round_to_nearest
 from loftq.schedules import Alternation, Quantize, alternate, project
 
@@ -96,6 +97,12 @@ class Parts:
 
     def __init__(self, method: Method, problem: LayerProblem, generator: torch.Generator) -> None:
         self.method, self.problem = method, problem
+        self.target = problem.weights
+        """What Q + B A is to be."""
+        if method.sequential:
+            self.target = sequential_target(
+                problem, blend=method.blend, damping=method.target_damping
+            )
         self.metric = METRICS[method.metric].make(problem, method.metric_damping)
         self.leading: Solver = make_solver(method.solver, problem.rank, generator)
         """A plain solver, for eigenvectors."""
@@ -136,7 +143,7 @@ class Parts:
 def _alternate(parts: Parts) -> Alternation:
     method = parts.method
     return alternate(
-        parts.problem.weights,
+        parts.target,
         quantize=parts.rounding(),
         solver=parts.solver,
         iterations=method.iterations,
@@ -152,7 +159,7 @@ def _project(parts: Parts) -> Alternation:
     if method.iterations == 0:
         return _alternate(parts)
     return project(
-        parts.problem.weights,
+        parts.target,
         root=root.factor,
         quantize_under=parts.rounding,
         leading=parts.leading,

@@ -23,6 +23,9 @@ class ProblemStatistics:
     """Tokens counted, for each weight."""
     dropped: tuple[int, ...]
     """Tokens left out because an input was not finite, for each weight."""
+    drift: Tensor | None = None
+    """E[(x - x_hat) x_hat^T], (n, in_features, in_features) float32, where all the rest is of
+    inputs x_hat that a model quantized so far reads in place of x; else None."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -57,7 +57,19 @@ class CalibrationCost:
 
 
 class Statistics(Protocol):
-    """Where statistics are read from; `calibration.StatisticsStore` is one."""
+    """Where statistics are read from: a `StatisticsStore`, or a `SequentialStatistics`.
+
+    Batches come one after the other: `meet` a batch, `read` its layers, solve, `settle` each.
+    """
+
+    def meet(self, layers: Sequence[str]) -> None:
+        """The layers of a batch are to be solved next."""
+
+    def settle(self, layer: str, weight: Callable[[], Tensor]) -> None:
+        """A layer is solved: what it computes with, in its module's orientation."""
+
+    def close(self) -> None:
+        """No more batches will come."""
 
     def read(self, layer: str, kind: str) -> InputStatistics:
         """Of the inputs of one layer."""
@@ -104,15 +116,18 @@ def missing_data(method: str) -> str:
 def read_statistics(
     statistics: Statistics, layers: Sequence[str], kind: str, device: torch.device
 ) -> ProblemStatistics:
-    """The statistics of a batch as stacks on the device."""
+    """The statistics of a batch, whose turn has come, as stacks on the device."""
+    statistics.meet(layers)
     found = [statistics.read(layer, kind) for layer in layers]
     grams = [one.gram for one in found if one.gram is not None]
+    drifts = [one.drift for one in found if one.drift is not None]
     return ProblemStatistics(
         mean_square=_stack([one.mean_square for one in found], device),
         largest_mean=_stack([one.largest_mean for one in found], device),
         gram=_stack(grams, device) if grams else None,
         tokens=tuple(one.tokens for one in found),
         dropped=tuple(one.dropped for one in found),
+        drift=_stack(drifts, device) if drifts else None,
     )
 
 

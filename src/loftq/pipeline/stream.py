@@ -20,6 +20,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from loftq.formats import QuantizedTensor
 from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
 from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.layout import LayerInfo
@@ -129,6 +130,7 @@ def _solved(
         weights = _load(batch, source, device)
         begin = time.perf_counter()
         solution = solve_batch(plan, batch, weights, _known(plan, batch, device, statistics))
+        _settle_batch(plan, batch, solution, statistics)
     else:
         solution = round_layer(plan, batch.layers[0], source, device)
     if device.type == "cuda":
@@ -145,6 +147,32 @@ def _known(
     assert statistics is not None, "a plan with a calibration is run with its statistics"
     names = [layer.info.module for layer in batch.layers]
     return read_statistics(statistics, names, plan.calibration.kind, device)
+
+
+def _settle_batch(
+    plan: Plan, batch: Batch, solution: LayerSolution, statistics: Statistics | None
+) -> None:
+    """Let what follows read the outputs of these layers as they are from now on."""
+    if plan.calibration is None or statistics is None:
+        return
+    for i, layer in enumerate(batch.layers):
+        statistics.settle(
+            layer.info.module,
+            lambda i=i, layer=layer: effective(  # type: ignore[misc]
+                layer.info,
+                solution.quantized[i],
+                solution.lora_A[i],
+                solution.lora_B[i],
+                plan.config.scaling,
+            ),
+        )
+
+
+def effective(
+    info: LayerInfo, quantized: QuantizedTensor, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """Q + scaling B A float32 in the module's orientation; a resume forms it from the files."""
+    return oriented(quantized.dequantize() + scaling * (B @ A), info)
 
 
 def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:
