@@ -118,12 +118,16 @@ def tune(model: nn.Module, ids: Tensor, seed: int) -> None:
         optimizer.step()
 
 
-def planned(args: argparse.Namespace, source: Any, row: str) -> tuple[Plan, Any]:
-    """Plan of a row, and its calibration tokens."""
+def planned(
+    args: argparse.Namespace, source: Any, row: str, instead: str | None = None
+) -> tuple[Plan, Any]:
+    """Plan of a row, or of another method in its place, and its calibration tokens."""
     method, name, rank, *more = row.split(":")
     extra = {key: json.loads(value) for key, value in (pair.split("=") for pair in more)}
     chosen = {key: extra.pop(key) for key in list(extra) if key in CHOICES}
-    if chosen:
+    if instead is not None:
+        method = instead
+    elif chosen:
         name_of = f"{method}:{chosen}"
         METHODS[name_of] = METHODS[method].with_options(name=name_of, **chosen)
         method = name_of
@@ -167,13 +171,15 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
     # Of every layer for every row, so that the output error of data-free methods is known too.
     begin = time.perf_counter()
     known = calibrate.take_statistics(
-        *planned(args, source, "cloq:" + row.partition(":")[2]), lambda: LoadedBlocks(model)
+        *planned(args, source, row, "cloq"), lambda: LoadedBlocks(model)
     )
     taken = time.perf_counter()
     starts, records = {}, []
     found = known
     if plan.config.resolved_method().sequential:
-        found = calibrate.open_statistics(plan, windows, lambda: LoadedBlocks(model), recall=never)
+        found = calibrate.open_statistics(
+            plan, windows, lambda: LoadedBlocks(model), recall=nothing
+        )
     for path, start, record in solve(plan, source, found):
         starts[path] = start
         records.append(record)
@@ -200,8 +206,8 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
     }
 
 
-def never(layer: str) -> Tensor:
-    raise AssertionError(f"{layer}: nothing resumes here")
+def nothing(layer: str) -> None:
+    """No layer was solved by an earlier run."""
 
 
 def fresh(model: nn.Module, rank: int, seed: int) -> dict[str, Start]:

@@ -9,9 +9,10 @@ from layer_problem import IN, OUT, effective, problem, statistics
 from loftq.lowrank import CholeskyRoot, DiagonalRoot, ExactSolver, Metric, WhitenedSolver
 from loftq.methods import METHODS, Method
 from loftq.rounding import DampingError, Gptq, round_to_nearest
+from loftq.transforms import magr
 from tolerances import FLOAT32_SOLVE
 
-NAMES = ("qera-approx", "qera-exact", "cloq", "fast")
+NAMES = ("qera-approx", "qera-exact", "cloq-core", "fast")
 
 
 def exactly(name):
@@ -58,11 +59,14 @@ def test_after_plain_rounding_the_correction_is_the_papers_closed_form(name):
         assert close(solution.lora_B[i] @ solution.lora_A[i], best.product()[i])
 
 
-def test_cloq_is_qera_exact_after_gptq():
+@pytest.mark.parametrize("name", ["cloq", "cloq-core"])
+def test_cloq_is_qera_exact_after_gptq_of_the_smoothed_weight(name):
     case = problem(known=statistics(), name="int2-g64-dq", fit="mse")
-    solution = exactly("cloq").solve(case)
-    gram = case.statistics.gram
-    rounded, values = Gptq(gram, case.spec, fit="mse", damping=0.01)(case.weights)
+    solution = exactly(name).solve(case)
+    gram, V = case.statistics.gram, case.weights
+    if name == "cloq":
+        V = magr(V, gram, group_size=64)
+    rounded, values = Gptq(gram, case.spec, fit="mse", damping=0.01)(V)
     root = CholeskyRoot(gram, damping=0.01)
     best = WhitenedSolver(ExactSolver(8), Metric(root)).solve(case.weights - values)
     for i in range(2):

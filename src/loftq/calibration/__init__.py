@@ -8,7 +8,7 @@ from loftq.calibration.data import (
     read_documents,
     stream_windows,
 )
-from loftq.calibration.sequence import SequentialStatistics
+from loftq.calibration.sequence import Recall, SequentialStatistics
 from loftq.calibration.store import StatisticsStore, default_folder, statistics_fingerprint
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Accumulator",
     "BlockModel",
     "InputStatistics",
+    "Recall",
     "SequentialStatistics",
     "StatisticsStore",
     "TokenWindows",

@@ -33,6 +33,11 @@ OnBlock = Callable[[str, int, int], object]
 """Called when a block is left: its path, blocks done, blocks in all."""
 
 
+Recall = Callable[[str], Tensor | None]
+"""What a layer computes with that an earlier run has quantized, in its module's orientation; None
+for all others."""
+
+
 class SequentialStatistics:
     """Statistics of a model that is being quantized, in the order of its forward.
 
@@ -43,8 +48,7 @@ class SequentialStatistics:
         open_model: makes the model; called at the first `meet`, by the thread that goes on.
         layers: module path -> in_features of all layers that are or were quantized.
         windows: the tokens.
-        recall: the weight, in its module's own orientation, of a layer that an earlier run has
-            quantized; for what was never settled here.
+        recall: gives the layers that an earlier run has quantized.
         on_block: progress.
         chunk: windows in one forward.
     """
@@ -55,7 +59,7 @@ class SequentialStatistics:
         layers: Mapping[str, int],
         windows: TokenWindows,
         *,
-        recall: Callable[[str], Tensor],
+        recall: Recall,
         on_block: OnBlock = lambda path, done, total: None,
         chunk: int = 4,
     ) -> None:
@@ -141,6 +145,7 @@ class _Stage:
         while self.at != block:
             assert self.at is not None, f"{layers[0]} lies behind the forwards"
             self._move()
+        self._settle_recalled(block)
         sums = _Sums(self.model, inside)
         for original, quantized in self.pairs:
             with sums.first(original.mask):
@@ -163,9 +168,8 @@ class _Stage:
         """All forwards through the block where they are, each with its own weights."""
         before, reached = self.at, set()
         if before is not None:
-            for layer in layers_in(before, self.about.layers, self.model.blocks):
-                if layer not in self._weights:
-                    self.settle(layer, self.about.recall(layer))
+            missing = self._settle_recalled(before)
+            assert not missing, f"{missing} are left behind unsolved"
         for original, quantized in self.pairs:
             reached.add(original.go_on())
             with self._quantized():
@@ -179,6 +183,14 @@ class _Stage:
         self.at = reached.pop()
         if self.at is not None:
             self.model.load(self.at)
+
+    def _settle_recalled(self, block: str) -> list[str]:
+        """Settle what an earlier run has quantized of a block; returns its unsolved layers."""
+        inside = layers_in(block, self.about.layers, self.model.blocks)
+        for layer in inside.keys() - self._weights.keys():
+            if (weight := self.about.recall(layer)) is not None:
+                self.settle(layer, weight)
+        return sorted(inside.keys() - self._weights.keys())
 
     @contextmanager
     def _quantized(self) -> Iterator[None]:

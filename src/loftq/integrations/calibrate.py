@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from loftq.calibration import (
     BlockModel,
+    Recall,
     SequentialStatistics,
     StatisticsStore,
     TokenWindows,
@@ -90,14 +89,14 @@ def open_statistics(
     windows: TokenWindows,
     open_model: Callable[[], BlockModel],
     *,
-    recall: Callable[[str], Tensor],
+    recall: Recall,
     on_block: OnBlock = lambda path, done, total: None,
 ) -> Statistics:
     """The statistics that a plan needs: all of the original model, or layer after layer.
 
     Args:
         plan, windows, open_model, on_block: see `take_statistics`.
-        recall: what a layer solved by an earlier run computes with (calibration/sequence.py).
+        recall: gives layers that an earlier run has solved (calibration/sequence.py).
     """
     if not plan.config.resolved_method().sequential:
         return take_statistics(plan, windows, open_model, on_block=on_block)

@@ -2,7 +2,7 @@
 
 from loftq.methods.base import LayerRecord, LayerSolution, Method
 from loftq.methods.best import BEST
-from loftq.methods.cloq import CLOQ
+from loftq.methods.cloq import CLOQ, CLOQ_CORE
 from loftq.methods.fast import FAST
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
 from loftq.methods.lqer import LQER
@@ -13,7 +13,19 @@ from loftq.methods.qpissa import QPISSA
 
 METHODS: dict[str, Method] = {
     m.name: m
-    for m in (LOFTQ, QLORA, FAST, BEST, LOFTQ_PAPER, QPISSA, LQER, QERA_APPROX, QERA_EXACT, CLOQ)
+    for m in (
+        LOFTQ,
+        QLORA,
+        FAST,
+        BEST,
+        LOFTQ_PAPER,
+        QPISSA,
+        LQER,
+        QERA_APPROX,
+        QERA_EXACT,
+        CLOQ,
+        CLOQ_CORE,
+    )
 }
 
 __all__ = [

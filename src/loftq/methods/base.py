@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loftq.formats import QuantizedTensor
 from loftq.lowrank import LowRank
-from loftq.methods.parts import METRICS, NEEDS, ROUNDINGS, SCHEDULES, Parts
+from loftq.methods.parts import METRICS, NEEDS, ROUNDINGS, SCHEDULES, TRANSFORMS, Parts
 from loftq.methods.problem import LayerProblem, input_notes
 from loftq.methods.target import TARGETS
 from loftq.rounding import output_error, round_to_nearest
@@ -84,6 +84,8 @@ class Method:
     """Statistics of the inputs that it must be given: none, diagonal or gram."""
     metric: str = "identity"
     """What an error costs: identity, diagonal, largest-mean or gram (methods/parts.py)."""
+    transform: str = "none"
+    """What is done to a weight each time before it is rounded: none or magr (transforms)."""
     rounding: str = "rtn"
     """How weights become codes: rtn, gptq or gptq-descent (rounding)."""
     schedule: str = "alternate"
@@ -117,12 +119,18 @@ class Method:
     def __post_init__(self) -> None:
         for choice, known in (
             (self.metric, METRICS),
+            (self.transform, TRANSFORMS),
             (self.rounding, ROUNDINGS),
             (self.schedule, SCHEDULES),
             (self.target, TARGETS),
         ):
             assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
-        wanted = (METRICS[self.metric].needs, ROUNDINGS[self.rounding].needs)
+        wanted = (
+            METRICS[self.metric].needs,
+            ROUNDINGS[self.rounding].needs,
+            TRANSFORMS[self.transform].needs,
+            "gram" if self.sequential else "none",
+        )
         assert NEEDS.index(self.needs) >= max(map(NEEDS.index, wanted)), f"{self.name}: needs"
 
     @property
@@ -139,7 +147,7 @@ class Method:
     @property
     def step_cost(self) -> float:
         """Time of one step relative to rounding to nearest with its correction; plans only."""
-        return ROUNDINGS[self.rounding].cost
+        return ROUNDINGS[self.rounding].cost + TRANSFORMS[self.transform].cost
 
     def with_options(self, **options: Any) -> Method:
         """A copy with other choices, e.g. iterations=1; None leaves a choice as it is."""

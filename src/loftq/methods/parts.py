@@ -17,6 +17,7 @@ from loftq.methods.problem import LayerProblem, ProblemStatistics
 from loftq.methods.target import sequential_target
 from loftq.rounding import DescentGptq, Gptq, round_to_nearest
 from loftq.schedules import Alternation, Quantize, alternate, project
+from loftq.transforms import magr
 
 if TYPE_CHECKING:
     from loftq.methods.base import Method
@@ -43,6 +44,22 @@ class RoundingPart:
     """(problem, Gram in place of the inputs' own, damping) -> W -> (Rounded, values)."""
     cost: float
     """Time of a step relative to "rtn", on a CPU and roughly."""
+
+
+@dataclass(frozen=True)
+class TransformPart:
+    """Something done to a weight each time before it is rounded."""
+
+    needs: str
+    apply: Callable[[LayerProblem, Tensor, Tensor | None], Tensor]
+    """(problem, W, Gram in place of the inputs' own) -> what is rounded."""
+    cost: float
+    """As of a rounding."""
+
+
+def _magr(problem: LayerProblem, W: Tensor, gram: Tensor | None) -> Tensor:
+    gram = known_gram(problem) if gram is None else gram
+    return magr(W, gram, group_size=problem.spec.group_size)
 
 
 def _diagonal(problem: LayerProblem, damping: float) -> Metric:
@@ -78,6 +95,10 @@ METRICS = {
     "diagonal": MetricPart("diagonal", _diagonal),
     "largest-mean": MetricPart("diagonal", _largest_mean),
     "gram": MetricPart("gram", _gram),
+}
+TRANSFORMS = {
+    "none": TransformPart("none", lambda problem, W, gram: W, 0.0),
+    "magr": TransformPart("gram", _magr, 20.0),
 }
 ROUNDINGS = {
     "rtn": RoundingPart("none", _rtn, 1.0),
@@ -121,7 +142,8 @@ class Parts:
         made = make(self.problem, gram, damping if gram is None else 0.0)
         before = 0.0 if gram is None else damping
         self._record("rounding", getattr(made, "damping", None), before)
-        return made
+        transform = TRANSFORMS[self.method.transform]
+        return lambda W: made(transform.apply(self.problem, W, gram))
 
     def damping_of(self, i: int) -> tuple[float | None, tuple[str, ...]]:
         """Largest damping of weight i's Gram, and notes where more was needed than asked for."""

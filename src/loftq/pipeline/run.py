@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq.calibration import Recall
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
 from loftq.formats import QuantizedTensor
 from loftq.methods import LayerSolution
@@ -28,7 +29,8 @@ JOURNAL = ".loftq-journal.jsonl"
 WRITERS = 4  # threads that copy to the host, hash and write
 REST = "rest"  # the batch that holds every tensor copied as it is
 
-OpenStatistics = Callable[[Callable[[str], Tensor]], Statistics]
+OpenStatistics = Callable[[Recall], Statistics]
+"""Gives the statistics of a run; asks what layers compute with that an earlier run has solved."""
 
 OnBatch = Callable[[Batch, list[Mapping[str, Any]], bool], None]
 """Called after each batch with its records; the flag says that it was done in an earlier run."""
@@ -67,8 +69,7 @@ def run(
         output: folder; made if missing.
         extra_files: the files that accompany the weights, config.json last.
         on_batch: progress.
-        open_statistics: gives those of the inputs, for a plan with a calibration; its argument
-            reads back, by module path, what a layer solved by an earlier run computes with.
+        open_statistics: gives those of the inputs, for a plan with a calibration.
 
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named. Once the source is repaired
@@ -88,7 +89,7 @@ def run(
         with ExitStack() as stack:
             statistics = None
             if open_statistics is not None:
-                statistics = open_statistics(lambda layer: _recalled(plan, layer, writer))
+                statistics = open_statistics(_recall(plan, writer))
                 stack.callback(statistics.close)
             pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="commit"))
             writers = stack.enter_context(ThreadPoolExecutor(WRITERS, thread_name_prefix="write"))
@@ -137,18 +138,26 @@ def _write(
     return time.perf_counter() - start
 
 
-def _recalled(plan: Plan, module: str, writer: CheckpointWriter) -> Tensor:
-    """What a layer of a committed batch computes with, from the files, on the plan's device."""
-    layer = next(layer for layer in plan.layers if layer.info.module == module)
-    device = torch.device(plan.device)
+def _recall(plan: Plan, writer: CheckpointWriter) -> Recall:
+    """Reads back, on the plan's device, what layers compute with that are committed by now."""
+    done, device = writer.done, torch.device(plan.device)
+    layers = {
+        x.info.module: x for batch in plan.batches if batch.name in done for x in batch.layers
+    }
 
     def read(name: str) -> Tensor:
         return writer.read(name).to(device)
 
-    parts = {spec.name.removeprefix(f"{layer.stem}."): read(spec.name) for spec in layer.packed()}
-    quantized = QuantizedTensor.from_state_dict(layer.spec, layer.info.shape, parts)
-    A, B = map(read, adapter_names(layer.info))
-    return effective(layer.info, quantized, A, B, plan.config.scaling)
+    def recall(module: str) -> Tensor | None:
+        layer = layers.get(module)
+        if layer is None:
+            return None
+        parts = {p.name.removeprefix(f"{layer.stem}."): read(p.name) for p in layer.packed()}
+        quantized = QuantizedTensor.from_state_dict(layer.spec, layer.info.shape, parts)
+        A, B = map(read, adapter_names(layer.info))
+        return effective(layer.info, quantized, A, B, plan.config.scaling)
+
+    return recall
 
 
 def _copy_rest(plan: Plan, source: Checkpoint, writer: CheckpointWriter) -> float:
