@@ -15,6 +15,8 @@ BEST = Method(
     rounding="gptq-descent",
     schedule="projection",
     target="sequential",
+    blend=1.0,
+    target_damping=0.1,
     damping=0.03,
     iterations=5,
 )
