@@ -5,7 +5,8 @@
         [--rows qera-exact:int2-g64-dq:64 fast:int2-g64-dq:64:iters=8 lora:-:64 ...]
         [--device cuda] [--out rows.jsonl]
 
-A row is METHOD:FORMAT:RANK[:KEY=VALUE...]; `lora:-:RANK` is the 16-bit model under a fresh LoRA.
+A row is METHOD:FORMAT:RANK[:KEY=VALUE...], keys of the configuration or choices of the method's row
+(blend=1.0, rounding="gptq"); `lora:-:RANK` is the 16-bit model under a fresh LoRA.
 All rows share the model, the statistics and the process. Perplexity by protocol `gptq` (joined
 text, windows of 2048 without overlap), float32, on three texts: --data; what --calibrate holds
 beyond the tokens that were calibrated on (`c4`); questions and answers of --gsm8k. Tuning, as in
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from loftq.checkpoint import open_checkpoint
 from loftq.eval import encode, perplexity, read_text
 from loftq.integrations import calibrate, discover
 from loftq.integrations.blocks import LoadedBlocks
+from loftq.methods import METHODS, Method
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.stream import oriented, solved_batches
@@ -49,6 +51,9 @@ ROWS = tuple(
     for rank in (64, 16)
     for method in ("loftq-paper", "loftq", "qera-approx", "qera-exact", "cloq", "fast")
 )
+CHOICES = {field.name for field in fields(Method)} - {
+    field.name for field in fields(QuantizeConfig)
+}
 STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
 CONTEXT = 1024  # of a calibration window
 OTHERS = 64  # most windows of the texts besides --data
@@ -113,10 +118,19 @@ def tune(model: nn.Module, ids: Tensor, seed: int) -> None:
         optimizer.step()
 
 
-def planned(args: argparse.Namespace, source: Any, row: str) -> tuple[Plan, Any]:
-    """Plan of a row, and its calibration tokens."""
+def planned(
+    args: argparse.Namespace, source: Any, row: str, instead: str | None = None
+) -> tuple[Plan, Any]:
+    """Plan of a row, or of another method in its place, and its calibration tokens."""
     method, name, rank, *more = row.split(":")
     extra = {key: json.loads(value) for key, value in (pair.split("=") for pair in more)}
+    chosen = {key: extra.pop(key) for key in list(extra) if key in CHOICES}
+    if instead is not None:
+        method = instead
+    elif chosen:
+        name_of = f"{method}:{chosen}"
+        METHODS[name_of] = METHODS[method].with_options(name=name_of, **chosen)
+        method = name_of
     config = QuantizeConfig.from_dict(
         {
             "method": method,
@@ -153,17 +167,23 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         size = 2 * sum(math.prod(entry.shape) for entry in source.tensors.values())
         about = {"row": row, "bits": 16.0, "total_bytes": size, "output_error": 0.0, "solve_s": 0.0}
         return about | {"before": scored(args, model, texts)}
-    plan, _ = planned(args, source, row)
+    plan, windows = planned(args, source, row)
     # Of every layer for every row, so that the output error of data-free methods is known too.
     begin = time.perf_counter()
     known = calibrate.take_statistics(
-        *planned(args, source, "cloq:" + row.partition(":")[2]), lambda: LoadedBlocks(model)
+        *planned(args, source, row, "cloq"), lambda: LoadedBlocks(model)
     )
     taken = time.perf_counter()
     starts, records = {}, []
-    for path, start, record in solve(plan, source, known):
+    found = known
+    if plan.config.resolved_method().sequential:
+        found = calibrate.open_statistics(
+            plan, windows, lambda: LoadedBlocks(model), recall=nothing
+        )
+    for path, start, record in solve(plan, source, found):
         starts[path] = start
         records.append(record)
+    found.close()
     solved = time.perf_counter()
     effective, errors = copy.deepcopy(model), []
     for layer in plan.layers:
@@ -184,6 +204,10 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         "before": scored(args, effective, texts),
         "starts": starts,
     }
+
+
+def nothing(layer: str) -> None:
+    """No layer was solved by an earlier run."""
 
 
 def fresh(model: nn.Module, rank: int, seed: int) -> dict[str, Start]:

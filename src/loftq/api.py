@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loftq.calibration import StatisticsStore, TokenWindows
+from loftq.calibration import TokenWindows
 from loftq.checkpoint import Checkpoint, open_checkpoint
 from loftq.integrations import artifact, calibrate, discover, memory
 from loftq.integrations.device import check_device, default_device
@@ -19,7 +19,7 @@ from loftq.integrations.peft import load_adapter
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.run import JOURNAL, OnBatch, RunResult, run
+from loftq.pipeline.run import JOURNAL, OnBatch, OpenStatistics, RunResult, run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,7 +96,7 @@ def quantize(
         target,
         extra_files=lambda result: artifact.extra_files(result, ready.folder, name, str(output)),
         on_batch=on_batch,
-        statistics=ready.statistics(on_block),
+        open_statistics=ready.open_statistics(on_block),
     )
     kept = {shard.filename for shard in planned.shards}
     for stale in target.glob("loftq-?????-of-?????.safetensors"):
@@ -179,17 +179,18 @@ class _Ready:
     plan: Plan
     windows: TokenWindows | None
 
-    def statistics(self, on_block: calibrate.OnBlock) -> StatisticsStore | None:
-        """Those that the plan needs, taken now as far as they are not kept already."""
-        if self.windows is None:
+    def open_statistics(self, on_block: calibrate.OnBlock) -> OpenStatistics | None:
+        """Gives those that the plan needs, taken as far as they are not kept already."""
+        windows = self.windows
+        if windows is None:
             return None
         from loftq.integrations.blocks import CheckpointBlocks
 
-        return calibrate.take_statistics(
-            self.plan,
-            self.windows,
-            lambda: CheckpointBlocks(self.folder, self.source, torch.device(self.plan.device)),
-            on_block=on_block,
+        def model() -> CheckpointBlocks:
+            return CheckpointBlocks(self.folder, self.source, torch.device(self.plan.device))
+
+        return lambda recall: calibrate.open_statistics(
+            self.plan, windows, model, recall=recall, on_block=on_block
         )
 
 

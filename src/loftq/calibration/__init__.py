@@ -8,6 +8,7 @@ from loftq.calibration.data import (
     read_documents,
     stream_windows,
 )
+from loftq.calibration.sequence import Recall, SequentialStatistics
 from loftq.calibration.store import StatisticsStore, default_folder, statistics_fingerprint
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Accumulator",
     "BlockModel",
     "InputStatistics",
+    "Recall",
+    "SequentialStatistics",
     "StatisticsStore",
     "TokenWindows",
     "collect",

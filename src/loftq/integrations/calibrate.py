@@ -12,6 +12,8 @@ import torch
 
 from loftq.calibration import (
     BlockModel,
+    Recall,
+    SequentialStatistics,
     StatisticsStore,
     TokenWindows,
     collect,
@@ -23,7 +25,7 @@ from loftq.calibration import (
 )
 from loftq.integrations.structure import text_config
 from loftq.ops.precision import full_float32
-from loftq.pipeline.calibration import Calibration
+from loftq.pipeline.calibration import Calibration, Statistics
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan
@@ -89,6 +91,31 @@ def planned(
     )
 
 
+def open_statistics(
+    plan: Plan,
+    windows: TokenWindows,
+    open_model: Callable[[], BlockModel],
+    *,
+    recall: Recall,
+    on_block: OnBlock = lambda path, done, total: None,
+) -> Statistics:
+    """The statistics that a plan needs: all of the original model, or layer after layer.
+
+    Args:
+        plan, windows, open_model, on_block: see `take_statistics`.
+        recall: gives layers that an earlier run has solved (calibration/sequence.py).
+    """
+    if not plan.config.resolved_method().sequential:
+        return take_statistics(plan, windows, open_model, on_block=on_block)
+    assert plan.calibration is not None
+    layers = _read_layers(plan)
+    _warn_of_few_tokens(plan.calibration, layers)
+    chunk = windows_at_once(torch.device(plan.device), plan.calibration.context)
+    return SequentialStatistics(
+        open_model, layers, windows, recall=recall, on_block=on_block, chunk=chunk
+    )
+
+
 def take_statistics(
     plan: Plan,
     windows: TokenWindows,
@@ -107,8 +134,7 @@ def take_statistics(
     calibration = plan.calibration
     assert calibration is not None
     store = StatisticsStore(Path(calibration.folder), calibration.fingerprint)
-    # A table without an adapter is only rounded, whatever its inputs.
-    layers = {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
+    layers = _read_layers(plan)
     _warn_of_few_tokens(calibration, layers)
     if store.holds(layers, calibration.kind):
         return store
@@ -143,6 +169,11 @@ def windows_at_once(device: torch.device, context: int) -> int:
         return 4
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, min(TOKENS_AT_ONCE, free // TOKEN_BYTES) // context)
+
+
+def _read_layers(plan: Plan) -> dict[str, int]:
+    """Path -> in_features; a table without an adapter is only rounded, whatever its inputs."""
+    return {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
 
 
 def _warn_of_few_tokens(calibration: Calibration, layers: dict[str, int]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from loftq.calibration import InputStatistics
 from loftq.methods import METHODS, ProblemStatistics
@@ -56,7 +57,19 @@ class CalibrationCost:
 
 
 class Statistics(Protocol):
-    """Where statistics are read from; `calibration.StatisticsStore` is one."""
+    """Where statistics are read from: a `StatisticsStore`, or a `SequentialStatistics`.
+
+    Batches come one after the other: `meet` a batch, `read` its layers, solve, `settle` each.
+    """
+
+    def meet(self, layers: Sequence[str]) -> None:
+        """The layers of a batch are to be solved next."""
+
+    def settle(self, layer: str, weight: Callable[[], Tensor]) -> None:
+        """A layer is solved: what it computes with, in its module's orientation."""
+
+    def close(self) -> None:
+        """No more batches will come."""
 
     def read(self, layer: str, kind: str, device: torch.device | str = "cpu") -> InputStatistics:
         """Of the inputs of one layer, on a device."""
@@ -103,13 +116,16 @@ def missing_data(method: str) -> str:
 def read_statistics(
     statistics: Statistics, layers: Sequence[str], kind: str, device: torch.device
 ) -> ProblemStatistics:
-    """The statistics of a batch as stacks on the device."""
+    """The statistics of a batch, whose turn has come, as stacks on the device."""
+    statistics.meet(layers)
     found = [statistics.read(layer, kind, device) for layer in layers]
     grams = [one.gram for one in found if one.gram is not None]
+    drifts = [one.drift for one in found if one.drift is not None]
     return ProblemStatistics(
         mean_square=torch.stack([one.mean_square for one in found]),
         largest_mean=torch.stack([one.largest_mean for one in found]),
         gram=torch.stack(grams) if grams else None,
         tokens=tuple(one.tokens for one in found),
         dropped=tuple(one.dropped for one in found),
+        drift=torch.stack(drifts) if drifts else None,
     )
