@@ -1,19 +1,21 @@
 """Calibrated methods before (and, with --tune, after) a short tuning: output error, perplexity.
 
     python benchmarks/quality/calibrated.py MODEL_FOLDER --data wiki.test.raw.gz
-        --calibrate c4_sample.jsonl.gz [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
+        --calibrate c4_sample.jsonl.gz [--choose wiki.valid.raw.gz] [--gsm8k test.jsonl]
+        [--tune wiki.valid.raw.gz --seeds 3 [--tuned fast:int2-g64-dq:64 ...]]
         [--rows qera-exact:int2-g64-dq:64 fast:int2-g64-dq:64:iters=8 lora:-:64 ...]
         [--device cuda] [--out rows.jsonl]
 
 A row is METHOD:FORMAT:RANK[:KEY=VALUE...], keys of the configuration or choices of the method's row
 (blend=1.0, rounding="gptq"); `lora:-:RANK` is the 16-bit model under a fresh LoRA.
 All rows share the model, the statistics and the process. Perplexity by protocol `gptq` (joined
-text, windows of 2048 without overlap), float32, on three texts: --data; what --calibrate holds
-beyond the tokens that were calibrated on (`c4`); questions and answers of --gsm8k. Tuning, as in
-every row: 150 AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up, bfloat16
-autocast on a GPU; with several seeds, each of its own windows and fresh factors, the median is
-shown. Needs torch, transformers and safetensors, not peft. With --out the rows that are there
-already are not run again.
+text, windows of 2048 without overlap), float32, on up to four texts: --data; what --calibrate holds
+beyond the tokens that were calibrated on (`c4`); --choose (`valid`), which with the former is what
+a choice between rows may look at; questions and answers of --gsm8k. Tuning, the same for all: 150
+AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up, bfloat16 autocast on a GPU;
+with several seeds, each of its own windows and fresh factors, the median is shown. Needs torch,
+transformers and safetensors, not peft. With --out the rows that are there already are not run
+again. A row that fails is reported, and the rest go on.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import math
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -272,8 +275,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="test text")
     parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
+    parser.add_argument("--choose", type=Path, help="text to choose between rows by")
     parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
     parser.add_argument("--tune", type=Path, help="text to tune on; leave out for no tuning")
+    parser.add_argument("--tuned", nargs="+", help="rows to tune; default all")
     parser.add_argument("--seeds", type=int, default=1, help="tunings of each row")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after these")
     parser.add_argument("--device", default="cpu")
@@ -292,6 +297,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
     rows: list[dict] = []
+    failed: list[str] = []
     if args.out is not None and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
     print(f"reference {scored(args, model, texts)}", flush=True)
@@ -301,8 +307,13 @@ def main() -> None:
         if time.perf_counter() - begin > args.seconds:
             print(f"{row}: no time left")
             continue
-        found = measure(args, model, source, row, texts)
-        if ids is not None:
+        try:
+            found = measure(args, model, source, row, texts)
+        except (ValueError, RuntimeError):  # out of memory is one of the latter
+            failed.append(row)
+            traceback.print_exc()
+            continue
+        if ids is not None and row in (args.tuned or args.rows):
             start = time.perf_counter()
             found["after"] = tuned(args, model, found, texts, ids)
             found["tune_s"] = time.perf_counter() - start
@@ -313,6 +324,8 @@ def main() -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
     show(rows, about(args))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
@@ -321,6 +334,8 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
     c4 = encode(tokenizer, "\n\n".join(read_documents(args.calibrate)))
     if len(rest := c4[args.calibration_windows * CONTEXT :]) >= 2048:
         texts["c4"] = rest
+    if args.choose is not None:
+        texts["valid"] = encode(tokenizer, read_text(args.choose))
     if args.gsm8k is not None:
         pairs = map(json.loads, args.gsm8k.read_text().splitlines())
         text = "\n\n".join(f"{pair['question']}\n{pair['answer']}" for pair in pairs)
