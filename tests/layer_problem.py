@@ -12,7 +12,7 @@ OUT, IN = 96, 128
 
 
 def statistics(n: int = 2, columns: int = IN, tokens: int = 1000) -> ProblemStatistics:
-    """Of correlated inputs with a spread of variances."""
+    """Of correlated inputs of many variances, a tenth of each lost on the way (drift)."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(n, tokens, columns, generator=g)
     x = (x @ torch.randn(n, columns, columns, generator=g)) * torch.logspace(-1, 1, columns)
@@ -25,6 +25,7 @@ def statistics(n: int = 2, columns: int = IN, tokens: int = 1000) -> ProblemStat
         dropped=(0,) * n,
         fisher_rows=torch.rand(n, OUT, generator=g).double().square() + 1e-3,
         fisher_columns=torch.rand(n, columns, generator=g).double().square() + 1e-3,
+        drift=0.1 * gram,
     )
 
 

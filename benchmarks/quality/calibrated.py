@@ -1,18 +1,21 @@
 """Calibrated methods before (and, with --tune, after) a short tuning: output error, perplexity.
 
     python benchmarks/quality/calibrated.py MODEL_FOLDER --data wiki.test.raw.gz
-        --calibrate c4_sample.jsonl.gz [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
+        --calibrate c4_sample.jsonl.gz [--choose wiki.valid.raw.gz] [--gsm8k test.jsonl]
+        [--tune wiki.valid.raw.gz --seeds 3 [--tuned fast:int2-g64-dq:64 ...]]
         [--rows qera-exact:int2-g64-dq:64 fast:int2-g64-dq:64:iters=8 lora:-:64 ...]
         [--device cuda] [--out rows.jsonl]
 
-A row is METHOD:FORMAT:RANK[:KEY=VALUE...]; `lora:-:RANK` is the 16-bit model under a fresh LoRA.
+A row is METHOD:FORMAT:RANK[:KEY=VALUE...], keys of the configuration or choices of the method's row
+(blend=1.0, rounding="gptq"); `lora:-:RANK` is the 16-bit model under a fresh LoRA.
 All rows share the model, the statistics and the process. Perplexity by protocol `gptq` (joined
-text, windows of 2048 without overlap), float32, on three texts: --data; what --calibrate holds
-beyond the tokens that were calibrated on (`c4`); questions and answers of --gsm8k. Tuning, as in
-every row: 150 AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up, bfloat16
-autocast on a GPU; with several seeds, each of its own windows and fresh factors, the median is
-shown. Needs torch, transformers and safetensors, not peft. With --out the rows that are there
-already are not run again.
+text, windows of 2048 without overlap), float32, on up to four texts: --data; what --calibrate holds
+beyond the tokens that were calibrated on (`c4`); --choose (`valid`), which with the former is what
+a choice between rows may look at; questions and answers of --gsm8k. Tuning, the same for all: 150
+AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up, bfloat16 autocast on a GPU;
+with several seeds, each of its own windows and fresh factors, the median is shown. Needs torch,
+transformers and safetensors, not peft. With --out the rows that are there already are not run
+again. A row that fails is reported, and the rest go on.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ import math
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from loftq.checkpoint import open_checkpoint
 from loftq.eval import encode, perplexity, read_text
 from loftq.integrations import calibrate, discover
 from loftq.integrations.blocks import LoadedBlocks
+from loftq.methods import METHODS, Method
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.plan import Plan, make_plan
 from loftq.pipeline.stream import oriented, solved_batches
@@ -49,6 +54,9 @@ ROWS = tuple(
     for rank in (64, 16)
     for method in ("loftq-paper", "loftq", "qera-approx", "qera-exact", "cloq", "fast")
 )
+CHOICES = {field.name for field in fields(Method)} - {
+    field.name for field in fields(QuantizeConfig)
+}
 STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
 CONTEXT = 1024  # of a calibration window
 OTHERS = 64  # most windows of the texts besides --data
@@ -113,10 +121,19 @@ def tune(model: nn.Module, ids: Tensor, seed: int) -> None:
         optimizer.step()
 
 
-def planned(args: argparse.Namespace, source: Any, row: str) -> tuple[Plan, Any]:
-    """Plan of a row, and its calibration tokens."""
+def planned(
+    args: argparse.Namespace, source: Any, row: str, instead: str | None = None
+) -> tuple[Plan, Any]:
+    """Plan of a row, or of another method in its place, and its calibration tokens."""
     method, name, rank, *more = row.split(":")
     extra = {key: json.loads(value) for key, value in (pair.split("=") for pair in more)}
+    chosen = {key: extra.pop(key) for key in list(extra) if key in CHOICES}
+    if instead is not None:
+        method = instead
+    elif chosen:
+        name_of = f"{method}:{chosen}"
+        METHODS[name_of] = METHODS[method].with_options(name=name_of, **chosen)
+        method = name_of
     config = QuantizeConfig.from_dict(
         {
             "method": method,
@@ -153,17 +170,23 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         size = 2 * sum(math.prod(entry.shape) for entry in source.tensors.values())
         about = {"row": row, "bits": 16.0, "total_bytes": size, "output_error": 0.0, "solve_s": 0.0}
         return about | {"before": scored(args, model, texts)}
-    plan, _ = planned(args, source, row)
+    plan, windows = planned(args, source, row)
     # Of every layer for every row, so that the output error of data-free methods is known too.
     begin = time.perf_counter()
     known = calibrate.take_statistics(
-        *planned(args, source, "cloq:" + row.partition(":")[2]), lambda: LoadedBlocks(model)
+        *planned(args, source, row, "cloq"), lambda: LoadedBlocks(model)
     )
     taken = time.perf_counter()
     starts, records = {}, []
-    for path, start, record in solve(plan, source, known):
+    found = known
+    if plan.config.resolved_method().sequential:
+        found = calibrate.open_statistics(
+            plan, windows, lambda: LoadedBlocks(model), recall=nothing
+        )
+    for path, start, record in solve(plan, source, found):
         starts[path] = start
         records.append(record)
+    found.close()
     solved = time.perf_counter()
     effective, errors = copy.deepcopy(model), []
     for layer in plan.layers:
@@ -184,6 +207,10 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         "before": scored(args, effective, texts),
         "starts": starts,
     }
+
+
+def nothing(layer: str) -> None:
+    """No layer was solved by an earlier run."""
 
 
 def fresh(model: nn.Module, rank: int, seed: int) -> dict[str, Start]:
@@ -248,8 +275,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="test text")
     parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
+    parser.add_argument("--choose", type=Path, help="text to choose between rows by")
     parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
     parser.add_argument("--tune", type=Path, help="text to tune on; leave out for no tuning")
+    parser.add_argument("--tuned", nargs="+", help="rows to tune; default all")
     parser.add_argument("--seeds", type=int, default=1, help="tunings of each row")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after these")
     parser.add_argument("--device", default="cpu")
@@ -268,6 +297,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
     rows: list[dict] = []
+    failed: list[str] = []
     if args.out is not None and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
     print(f"reference {scored(args, model, texts)}", flush=True)
@@ -277,8 +307,13 @@ def main() -> None:
         if time.perf_counter() - begin > args.seconds:
             print(f"{row}: no time left")
             continue
-        found = measure(args, model, source, row, texts)
-        if ids is not None:
+        try:
+            found = measure(args, model, source, row, texts)
+        except (ValueError, RuntimeError):  # out of memory is one of the latter
+            failed.append(row)
+            traceback.print_exc()
+            continue
+        if ids is not None and row in (args.tuned or args.rows):
             start = time.perf_counter()
             found["after"] = tuned(args, model, found, texts, ids)
             found["tune_s"] = time.perf_counter() - start
@@ -289,6 +324,8 @@ def main() -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
     show(rows, about(args))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
@@ -297,6 +334,8 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
     c4 = encode(tokenizer, "\n\n".join(read_documents(args.calibrate)))
     if len(rest := c4[args.calibration_windows * CONTEXT :]) >= 2048:
         texts["c4"] = rest
+    if args.choose is not None:
+        texts["valid"] = encode(tokenizer, read_text(args.choose))
     if args.gsm8k is not None:
         pairs = map(json.loads, args.gsm8k.read_text().splitlines())
         text = "\n\n".join(f"{pair['question']}\n{pair['answer']}" for pair in pairs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loftq.calibration import BlockModel, StatisticsStore, TokenWindows
+from loftq.calibration import BlockModel, TokenWindows
 from loftq.checkpoint import Checkpoint, open_checkpoint
 from loftq.integrations import allocate, artifact, calibrate, discover, memory
 from loftq.integrations.device import check_device, default_device
@@ -20,7 +20,7 @@ from loftq.pipeline.allocate import OnCost
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.run import JOURNAL, OnBatch, RunResult, run
+from loftq.pipeline.run import JOURNAL, OnBatch, OpenStatistics, RunResult, run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -112,7 +112,7 @@ def quantize(
         target,
         extra_files=lambda result: artifact.extra_files(result, ready.folder, name, str(output)),
         on_batch=on_batch,
-        statistics=ready.statistics(on_block),
+        open_statistics=ready.open_statistics(on_block),
     )
     kept = {shard.filename for shard in planned.shards}
     for stale in target.glob("loftq-?????-of-?????.safetensors"):
@@ -195,14 +195,16 @@ class _Ready:
     plan: Plan
     windows: TokenWindows | None
 
-    def statistics(self, on_block: calibrate.OnBlock) -> StatisticsStore | None:
-        """Those that the plan needs, taken now as far as they are not kept already."""
-        if self.windows is None or self.plan.calibration is None:
+    def open_statistics(self, on_block: calibrate.OnBlock) -> OpenStatistics | None:
+        """Gives those that the plan needs, taken as far as they are not kept already."""
+        windows = self.windows
+        if windows is None or self.plan.calibration is None:
             return None
-        return calibrate.take_statistics(
+        return lambda recall: calibrate.open_statistics(
             self.plan,
-            self.windows,
+            windows,
             lambda: _blocks(self.folder, self.source, self.plan.device),
+            recall=recall,
             on_block=on_block,
             open_whole=lambda: _whole(self.folder, self.plan.device),
         )

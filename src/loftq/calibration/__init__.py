@@ -9,6 +9,7 @@ from loftq.calibration.data import (
     stream_windows,
 )
 from loftq.calibration.fisher import Fisher, FisherStore, collect_fisher
+from loftq.calibration.sequence import Recall, SequentialStatistics
 from loftq.calibration.store import StatisticsStore, default_folder, statistics_fingerprint
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "Fisher",
     "FisherStore",
     "InputStatistics",
+    "Recall",
+    "SequentialStatistics",
     "StatisticsStore",
     "TokenWindows",
     "collect",

@@ -14,7 +14,8 @@ the very same tensor share one accumulator. No sum makes a GPU wait for the host
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,15 @@ class InputStatistics:
     """Row means of the weight's Fisher diagonal, (out_features,) float64; see fisher.py."""
     fisher_columns: Tensor | None = None
     """Its column means, (in_features,) float64."""
+    drift: Tensor | None = None
+    """E[(x - x_hat) x_hat^T], (in_features, in_features) float32, where all the rest is of the
+    inputs x_hat of a model quantized so far and x are those of the original (sequence.py)."""
+
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The same on a device."""
+        held: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)}
+        return InputStatistics(**held | tensors)
 
 
 class Accumulator:
@@ -120,3 +130,45 @@ class Accumulator:
             tokens=tokens,
             dropped=dropped,
         )
+
+
+class PairAccumulator:
+    """Sums over pairs of inputs: x of the original model, x_hat of the quantized one.
+
+    Args:
+        in_features: width of the inputs.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.own = Accumulator(in_features, "gram", device)
+        self.drift = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, x: Tensor, x_hat: Tensor, mask: Tensor | None = None) -> None:
+        """Count the tokens of some windows, as `Accumulator.add` does.
+
+        A token with a value that is not finite in either is left out whole and counted.
+
+        Args:
+            x, x_hat: (windows, tokens, in_features), or (tokens, in_features) of one; any float
+                dtype.
+            mask: bool (windows, tokens), false where a token is padding; None = all count.
+        """
+        x, x_hat = (y.reshape(-1, *y.shape[-2:]).float() for y in (x, x_hat))
+        finite = torch.isfinite(x).all(-1) & torch.isfinite(x_hat).all(-1)  # (windows, tokens)
+        counted = finite if mask is None else finite & mask
+        self.own.add(torch.where(finite[..., None], x_hat, torch.nan), mask)
+        moved, read = (
+            torch.where(counted[..., None], y, 0).flatten(0, 1) for y in (x - x_hat, x_hat)
+        )
+        with full_float32():
+            self.drift.addmm_(moved.mT, read)
+
+    def result(self) -> InputStatistics:
+        """The means of x_hat and the drift, on the device of the sums.
+
+        Raises:
+            ValueError: no token was counted, or a sum is not finite.
+        """
+        found = self.own.result()
+        return replace(found, drift=self.drift / found.tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,15 @@ class StatisticsStore:
             tokens=tokens,
             dropped=dropped,
         )
+
+    def meet(self, layers: Sequence[str]) -> None:
+        """Nothing: what a full-precision model reads does not depend on what was solved."""
+
+    def settle(self, layer: str, weight: Callable[[], Tensor]) -> None:
+        """Nothing, as `meet`."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _block_of(self, layer: str) -> str:
         """The block around a layer: the innermost path that has a file."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loftq.checkpoint.durable import (
@@ -103,6 +104,20 @@ class CheckpointWriter:
         """Tensor name -> sha256 of its bytes, for all committed tensors, in file order."""
         found = self._journal.hashes
         return {name: found[name] for name in self._entries if name in found}
+
+    def read(self, name: str) -> Tensor:
+        """A committed tensor, read back.
+
+        Raises:
+            ValueError: unknown name, or not committed.
+        """
+        if name not in self._journal.hashes:
+            raise ValueError(f"{name}: not a committed tensor.")
+        entry = self._entries[name]
+        data = os.pread(self._files[entry.file], entry.nbytes, entry.offset_begin)
+        if len(data) != entry.nbytes:
+            raise CheckpointError(f"{self.folder / entry.file}: ends within {name}.")
+        return torch.frombuffer(bytearray(data), dtype=DTYPES[entry.dtype]).view(entry.shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a contiguous CPU tensor at its place.

@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from loftq.calibration import (
     BlockModel,
     FisherStore,
+    Recall,
+    SequentialStatistics,
     StatisticsStore,
     TokenWindows,
     collect,
@@ -29,7 +31,7 @@ from loftq.calibration import (
 )
 from loftq.integrations.structure import text_config
 from loftq.ops.precision import full_float32
-from loftq.pipeline.calibration import Calibration
+from loftq.pipeline.calibration import Calibration, Statistics
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan
@@ -100,6 +102,32 @@ def statistics_folder(config: QuantizeConfig) -> Path:
     return Path(config.statistics).expanduser() if config.statistics else default_folder()
 
 
+def open_statistics(
+    plan: Plan,
+    windows: TokenWindows,
+    open_model: Callable[[], BlockModel],
+    *,
+    recall: Recall,
+    on_block: OnBlock = lambda path, done, total: None,
+    open_whole: Callable[[], nn.Module] | None = None,
+) -> Statistics:
+    """The statistics that a plan needs: all of the original model, or layer after layer.
+
+    Args:
+        plan, windows, open_model, on_block, open_whole: see `take_statistics`.
+        recall: gives layers that an earlier run has solved (calibration/sequence.py).
+    """
+    if not plan.config.resolved_method().sequential:
+        return take_statistics(plan, windows, open_model, on_block=on_block, open_whole=open_whole)
+    assert plan.calibration is not None
+    layers = _read_layers(plan)
+    _warn_of_few_tokens(plan.calibration, layers)
+    chunk = windows_at_once(torch.device(plan.device), plan.calibration.context)
+    return SequentialStatistics(
+        open_model, layers, windows, recall=recall, on_block=on_block, chunk=chunk
+    )
+
+
 def take_statistics(
     plan: Plan,
     windows: TokenWindows,
@@ -125,8 +153,7 @@ def take_statistics(
         take_statistics(inputs, windows, open_model, on_block=on_block)
         return _take_fisher(plan, windows, open_whole, on_block)
     store = StatisticsStore(Path(calibration.folder), calibration.fingerprint)
-    # A table without an adapter is only rounded, whatever its inputs.
-    layers = {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
+    layers = _read_layers(plan)
     _warn_of_few_tokens(calibration, layers)
     if store.holds(layers, calibration.kind):
         return store
@@ -190,6 +217,11 @@ def windows_at_once(device: torch.device, context: int) -> int:
         return 4
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, min(TOKENS_AT_ONCE, free // TOKEN_BYTES) // context)
+
+
+def _read_layers(plan: Plan) -> dict[str, int]:
+    """Path -> in_features; a table without an adapter is only rounded, whatever its inputs."""
+    return {layer.info.module: layer.info.shape[1] for layer in plan.layers if layer.rank}
 
 
 def _warn_of_few_tokens(calibration: Calibration, layers: dict[str, int]) -> None:

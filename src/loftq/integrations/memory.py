@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from loftq.calibration import StatisticsStore, TokenWindows
+from loftq.calibration import TokenWindows
 from loftq.checkpoint import DTYPE_NAMES, TensorEntry, backbone_hash
 from loftq.integrations import allocate, artifact, calibrate, discover
 from loftq.integrations.blocks import LoadedBlocks
@@ -20,11 +22,12 @@ from loftq.integrations.config import LoftqConfig
 from loftq.integrations.tied import share_packed_
 from loftq.integrations.transformers import attach
 from loftq.nn import pack_layer
+from loftq.pipeline.calibration import Statistics
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import ADAPTER_PREFIX, Plan, make_plan
 from loftq.pipeline.run import OnBatch, adapter_pair
-from loftq.pipeline.stream import solved_batches
+from loftq.pipeline.stream import Solved, solved_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,8 +90,12 @@ def quantize_model(
         )
         statistics = None
         if windows is not None and calibration is not None:
-            statistics = calibrate.take_statistics(
-                plan, windows, lambda: LoadedBlocks(model), open_whole=lambda: model
+            statistics = calibrate.open_statistics(
+                plan,
+                windows,
+                lambda: LoadedBlocks(model),
+                recall=lambda layer: None,
+                open_whole=lambda: model,
             )
         return _packed(model, plan, source, statistics, on_batch)
 
@@ -109,13 +116,21 @@ def _packed(
     model: nn.Module,
     plan: Plan,
     source: LoadedSource,
-    statistics: StatisticsStore | None,
+    statistics: Statistics | None,
     on_batch: OnBatch | None,
 ) -> PeftModel:
-    """Solve batch by batch and put the packed weights in place."""
+    """Solve batch by batch and put the packed weights in place.
+
+    In sequence the model itself is what statistics are taken on: nothing is put in place before the
+    last batch is solved, and packed weights add to the dense ones until then.
+    """
+    solved: Iterable[Solved] = solved_batches(plan, plan.batches, source, statistics)
+    if statistics is not None and plan.config.resolved_method().sequential:
+        with closing(statistics):
+            solved = list(solved)
     factors = {ADAPTER_PREFIX + spec.name: source.read(spec.name).float() for spec in plan.heads}
     hashes: dict[str, str] = {}
-    for done in solved_batches(plan, plan.batches, source, statistics):
+    for done in solved:
         batch, solution = done.batch, done.solution
         for i, layer in enumerate(batch.layers):
             home = source.read(layer.info.tensor).device

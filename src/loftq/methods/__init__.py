@@ -1,6 +1,7 @@
 """One row per method, one file per paper; each is a composition of the same parts."""
 
 from loftq.methods.base import LayerRecord, LayerSolution, Method
+from loftq.methods.best import BEST
 from loftq.methods.caldera import CALDERA
 from loftq.methods.cloq import CLOQ, CLOQ_CORE
 from loftq.methods.corda import CORDA
@@ -21,6 +22,7 @@ _ROWS = (
     LOFTQ,
     QLORA,
     FAST,
+    BEST,
     LOFTQ_PAPER,
     QPISSA,
     LQ_LORA,

@@ -14,6 +14,7 @@ from loftq.formats import QuantizedTensor
 from loftq.lowrank import LowRank
 from loftq.methods.parts import CORRECTIONS, METRICS, NEEDS, ROUNDINGS, SCHEDULES, TRANSFORMS, Parts
 from loftq.methods.problem import LayerProblem, input_notes
+from loftq.methods.target import TARGETS
 from loftq.rounding import output_error, round_to_nearest
 from loftq.schedules import Alternation, frobenius
 
@@ -35,14 +36,15 @@ class LayerRecord:
     """||W - Q - scaling B A||_F / ||W||_F of what is stored, decoded scales and scaled factors."""
     errors: tuple[float, ...]
     """The same after each step of the schedule, before the factors are scaled; in the method's
-    metric, so an output error where that is the Gram."""
+    metric, so an output error where that is the Gram, and of its target (methods/target.py)."""
     kept: int
     """Alternation whose result is stored (1-based); 0 = plain rounding."""
     bits_per_weight: float
     """Backbone bytes over weights, scales and zeros included."""
     output_error: float | None = None
     """||(W - Q - scaling B A) R||_F / ||W R||_F, R R^T = E[x x^T] of the calibration tokens, not
-    damped; None without statistics, and as if inputs were uncorrelated with a diagonal alone."""
+    damped; None without statistics, and as if inputs were uncorrelated with a diagonal alone. In
+    sequence, x is what the layer reads with all before it quantized."""
     plain_output_error: float | None = None
     """The same of rounding to nearest alone."""
     tokens: int | None = None
@@ -96,6 +98,13 @@ class Method:
     """How the best correction under the metric is found: closed-form or least-squares."""
     design_rank: int | None = None
     """Rank that residual-projection rounds for; None = that of the adapter."""
+    target: str = "symmetric"
+    """symmetric: statistics of the original model, W is aimed at. sequential: layer after layer,
+    statistics of the model quantized so far, and W*(blend) is aimed at (methods/target.py)."""
+    blend: float = 0.5
+    """a of the sequential target: 0 = W itself, 1 = all of what came before is made up for."""
+    target_damping: float = 0.01
+    """Of the Gram in the sequential target, in the same unit as `damping`."""
     damping: float = 0.01
     """Of the Gram that rounds, relative to the mean of its diagonal."""
     metric_damping: float = 1e-4
@@ -122,12 +131,14 @@ class Method:
             (self.rounding, ROUNDINGS),
             (self.schedule, SCHEDULES),
             (self.correction, CORRECTIONS),
+            (self.target, TARGETS),
         ):
             assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
         wanted = (
             METRICS[self.metric].needs,
             TRANSFORMS[self.transform].needs,
             ROUNDINGS[self.rounding].needs,
+            "gram" if self.sequential else "none",
         )
         assert NEEDS.index(self.needs) >= max(map(NEEDS.index, wanted)), f"{self.name}: needs"
 
@@ -136,6 +147,11 @@ class Method:
         """Whether Q is not W rounded by itself, so that it is worse without its adapter."""
         ahead = self.order == "correct-first" or self.schedule != "alternate"
         return self.iterations > 1 or (self.iterations == 1 and ahead)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each layer is solved with all before it quantized."""
+        return self.target == "sequential"
 
     @property
     def step_cost(self) -> float:
@@ -149,8 +165,9 @@ class Method:
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Quantize the stack and find its adapters.
 
-        Minimises ||(W - Q - s B A) R|| over Q in the format and rank(B A) <= r, R the root of the
-        method's metric (identity: the Frobenius norm). s is part of the problem: both factors are
+        Minimises ||(W* - Q - s B A) R|| over Q in the format and rank(B A) <= r, R the root of the
+        method's metric (identity: the Frobenius norm), W* its target: W, unless it is sequential.
+        s is part of the problem: both factors are
         divided by sqrt(s), so the effective start is the same for every alpha (neither the paper's
         code nor PEFT's does this).
 

@@ -23,7 +23,8 @@ from loftq.lowrank import (
     WhitenedSolver,
     make_solver,
 )
-from loftq.methods.problem import LayerProblem, ProblemStatistics
+from loftq.methods.problem import LayerProblem, known_gram, known_inputs
+from loftq.methods.target import sequential_target
 from loftq.rounding import DescentGptq, Gptq, round_to_nearest
 from loftq.schedules import Alternation, Quantize, alternate, preserve, project
 from loftq.transforms import magr
@@ -155,6 +156,12 @@ class Parts:
 
     def __init__(self, method: Method, problem: LayerProblem, generator: torch.Generator) -> None:
         self.method, self.problem = method, problem
+        self.target = problem.weights
+        """What Q + B A is to be."""
+        if method.sequential:
+            self.target = sequential_target(
+                problem, blend=method.blend, damping=method.target_damping
+            )
         self.metric = METRICS[method.metric].make(problem, method.metric_damping)
         self.leading: Solver = make_solver(method.solver, problem.rank, generator)
         """A plain solver, for eigenvectors."""
@@ -209,7 +216,7 @@ class Parts:
 def _alternate(parts: Parts) -> Alternation:
     method = parts.method
     return alternate(
-        parts.problem.weights,
+        parts.target,
         quantize=parts.rounding(),
         solver=parts.solver,
         iterations=method.iterations,
@@ -238,7 +245,7 @@ def _projected(parts: Parts, **choices: Any) -> Alternation:
     root, method = parts.metric.input, parts.method
     assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
     return project(
-        parts.problem.weights,
+        parts.target,
         root=root.factor,
         quantize_under=parts.rounding,
         solver=parts.solver,
@@ -253,7 +260,7 @@ def _preserve(parts: Parts) -> Alternation:
     if parts.method.iterations == 0:
         return _alternate(parts)
     return preserve(
-        parts.problem.weights,
+        parts.target,
         metric=parts.metric,
         quantize=parts.rounding(),
         rank=parts.problem.rank,
@@ -267,25 +274,3 @@ SCHEDULES = {
     "residual-projection": _project_residual,
     "preserve": _preserve,
 }
-
-
-def known_inputs(problem: LayerProblem) -> ProblemStatistics:
-    """The statistics of a problem.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if problem.statistics is None:
-        raise ValueError(
-            f"{problem.names[0]}: this method needs statistics of the layer's inputs. Give "
-            "calibration text, or choose a method that needs none (loftq, qlora)."
-        )
-    return problem.statistics
-
-
-def known_gram(problem: LayerProblem) -> Tensor:
-    """E[x x^T] of a problem, (n, in_features, in_features)."""
-    gram = known_inputs(problem).gram
-    if gram is None:
-        raise ValueError(f"{problem.names[0]}: this method needs the Gram, not its diagonal alone.")
-    return gram

@@ -27,6 +27,9 @@ class ProblemStatistics:
     """Row means of each weight's Fisher diagonal, (n, out_features) float64; None if not taken."""
     fisher_columns: Tensor | None = None
     """Column means of the same, (n, in_features) float64."""
+    drift: Tensor | None = None
+    """E[(x - x_hat) x_hat^T], (n, in_features, in_features) float32, where all the rest is of
+    inputs x_hat that a model quantized so far reads in place of x; else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,28 @@ class LayerProblem:
     """Of the inputs; None for methods that need none."""
     strict: bool = False
     """Raise where a Gram needs more damping than was asked for, or tokens had to be dropped."""
+
+
+def known_inputs(problem: LayerProblem) -> ProblemStatistics:
+    """The statistics of a problem.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if problem.statistics is None:
+        raise ValueError(
+            f"{problem.names[0]}: this method needs statistics of the layer's inputs. Give "
+            "calibration text, or choose a method that needs none (loftq, qlora)."
+        )
+    return problem.statistics
+
+
+def known_gram(problem: LayerProblem) -> Tensor:
+    """E[x x^T] of a problem, (n, in_features, in_features)."""
+    gram = known_inputs(problem).gram
+    if gram is None:
+        raise ValueError(f"{problem.names[0]}: this method needs the Gram, not its diagonal alone.")
+    return gram
 
 
 def input_notes(problem: LayerProblem, i: int) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from loftq.calibration import InputStatistics
 from loftq.methods import METHODS, ProblemStatistics
@@ -57,7 +58,19 @@ class CalibrationCost:
 
 
 class Statistics(Protocol):
-    """Where statistics are read from; `calibration.StatisticsStore` is one."""
+    """Where statistics are read from: a `StatisticsStore`, or a `SequentialStatistics`.
+
+    Batches come one after the other: `meet` a batch, `read` its layers, solve, `settle` each.
+    """
+
+    def meet(self, layers: Sequence[str]) -> None:
+        """The layers of a batch are to be solved next."""
+
+    def settle(self, layer: str, weight: Callable[[], Tensor]) -> None:
+        """A layer is solved: what it computes with, in its module's orientation."""
+
+    def close(self) -> None:
+        """No more batches will come."""
 
     def read(self, layer: str, kind: str, device: torch.device | str = "cpu") -> InputStatistics:
         """Of the inputs of one layer, on a device."""
@@ -108,11 +121,13 @@ def missing_data(method: str) -> str:
 def read_statistics(
     statistics: Statistics, layers: Sequence[str], kind: str, device: torch.device
 ) -> ProblemStatistics:
-    """The statistics of a batch as stacks on the device."""
+    """The statistics of a batch, whose turn has come, as stacks on the device."""
+    statistics.meet(layers)
     found = [statistics.read(layer, kind, device) for layer in layers]
     grams = [one.gram for one in found if one.gram is not None]
     rows = [one.fisher_rows for one in found if one.fisher_rows is not None]
     columns = [one.fisher_columns for one in found if one.fisher_columns is not None]
+    drifts = [one.drift for one in found if one.drift is not None]
     return ProblemStatistics(
         mean_square=torch.stack([one.mean_square for one in found]),
         largest_mean=torch.stack([one.largest_mean for one in found]),
@@ -121,4 +136,5 @@ def read_statistics(
         dropped=tuple(one.dropped for one in found),
         fisher_rows=torch.stack(rows) if rows else None,
         fisher_columns=torch.stack(columns) if columns else None,
+        drift=torch.stack(drifts) if drifts else None,
     )

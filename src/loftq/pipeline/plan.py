@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -30,6 +30,8 @@ from loftq.pipeline.calibration import (
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
 
+OUTPUTS = frozenset({"o", "o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin"})
+"""Last names of the projections that leave an attention or a feed-forward."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 SHARD_PREFIX = "loftq"
 ADAPTER_PREFIX = "base_model.model."
@@ -269,7 +271,8 @@ def make_plan(
         )
         for info in layout.layers
     )
-    gram = _needs_gram(config)
+    gram, method = _needs_gram(config), config.resolved_method()
+    limit = _batch_limit(device, gram)
     by_tensor = {layer.info.tensor: layer for layer in layers}
     stored: list[TensorSpec] = []
     copied: list[TensorSpec] = []
@@ -283,7 +286,7 @@ def make_plan(
         config=config,
         layout=layout,
         layers=layers,
-        batches=_batches(layers, _batch_limit(device, gram), gram=gram),
+        batches=in_sequence(layers) if method.sequential else _batches(layers, limit, gram=gram),
         copied=tuple(copied),
         shards=(),
         source_fingerprint=source.fingerprint(),
@@ -411,6 +414,13 @@ def _unmet(
             f"{layout.architecture}: {config.method} weighs by gradients of the next token's loss, "
             "and this model predicts none. Choose a method that reads inputs only, such as fast."
         )
+    if config.resolved_method().sequential:
+        problems += [
+            f"{info.module}: lies outside of the blocks, where {config.method} has no sequence to "
+            f'follow. Leave it out with skip=["{info.module}"], or choose fast.'
+            for info in layout.layers
+            if info.adapted and info.depth is None
+        ]
     embedded = [x.module for x in layout.layers if x.kind == "embedding" and x.adapted]
     if embedded:
         problems.append(
@@ -457,6 +467,29 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tup
     return tuple(
         Batch(name=f"batch-{k:05d}", layers=run, gram=gram and run[0].rank > 0)
         for k, run in enumerate(batches, 1)
+    )
+
+
+def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
+    """Batches in the order of the forward; each is solved with all before it quantized.
+
+    A batch holds neighbours of one block, module, shape and format, as queries, keys and values.
+    The output of an attention reads what comes of those, whatever its shape, so it starts anew.
+    """
+    order = sorted(
+        (layer for layer in layers if layer.rank), key=lambda layer: layer.info.depth or 0
+    )
+    runs: list[tuple[object, list[PlannedLayer]]] = []
+    for layer in order:
+        parent, _, name = layer.info.module.rpartition(".")
+        key = (parent, layer.info.shape, layer.spec, layer.scale_fit, name in OUTPUTS)
+        if not runs or runs[-1][0] != key:
+            runs.append((key, []))
+        runs[-1][1].append(layer)
+    tables = [[layer] for layer in layers if not layer.rank]
+    return tuple(
+        Batch(name=f"batch-{k:05d}", layers=tuple(run), gram=run[0].rank > 0)
+        for k, run in enumerate([*(run for _, run in runs), *tables], 1)
     )
 
 

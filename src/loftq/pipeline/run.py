@@ -9,21 +9,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from loftq.calibration import Recall
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
+from loftq.formats import QuantizedTensor
 from loftq.methods import LayerSolution
 from loftq.pipeline.calibration import Statistics
 from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, PlannedLayer, adapter_names
-from loftq.pipeline.stream import solved_batches, union_seconds
+from loftq.pipeline.stream import effective, solved_batches, union_seconds
 
 JOURNAL = ".loftq-journal.jsonl"
 WRITERS = 4  # threads that copy to the host, hash and write
 REST = "rest"  # the batch that holds every tensor copied as it is
+
+OpenStatistics = Callable[[Recall], Statistics]
+"""Gives the statistics of a run; asks what layers compute with that an earlier run has solved."""
 
 OnBatch = Callable[[Batch, list[Mapping[str, Any]], bool], None]
 """Called after each batch with its records; the flag says that it was done in an earlier run."""
@@ -52,7 +59,7 @@ def run(
     *,
     extra_files: Callable[[RunResult], Mapping[str, bytes]],
     on_batch: OnBatch | None = None,
-    statistics: Statistics | None = None,
+    open_statistics: OpenStatistics | None = None,
 ) -> RunResult:
     """Quantize `source` into the folder `output`; continues an interrupted run of the same plan.
 
@@ -62,7 +69,7 @@ def run(
         output: folder; made if missing.
         extra_files: the files that accompany the weights, config.json last.
         on_batch: progress.
-        statistics: of the inputs, for a plan with a calibration.
+        open_statistics: gives those of the inputs, for a plan with a calibration.
 
     Raises:
         ValueError: a weight holds NaN or infinity; the tensor is named. Once the source is repaired
@@ -79,10 +86,13 @@ def run(
             if batch.name in known and on_batch:
                 on_batch(batch, known[batch.name]["layers"], True)
         todo = [batch for batch in plan.batches if batch.name not in known]
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="commit") as pool,
-            ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as writers,
-        ):
+        with ExitStack() as stack:
+            statistics = None
+            if open_statistics is not None:
+                statistics = open_statistics(_recall(plan, writer))
+                stack.callback(statistics.close)
+            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="commit"))
+            writers = stack.enter_context(ThreadPoolExecutor(WRITERS, thread_name_prefix="write"))
             pending: Future[float] | None = None
             if REST not in known:
                 pending = pool.submit(_copy_rest, plan, source, writer)
@@ -126,6 +136,28 @@ def _write(
     list(writers.map(write, tensors))
     writer.commit(batch.name, {"layers": [record.to_dict() for record in solution.records]})
     return time.perf_counter() - start
+
+
+def _recall(plan: Plan, writer: CheckpointWriter) -> Recall:
+    """Reads back, on the plan's device, what layers compute with that are committed by now."""
+    done, device = writer.done, torch.device(plan.device)
+    layers = {
+        x.info.module: x for batch in plan.batches if batch.name in done for x in batch.layers
+    }
+
+    def read(name: str) -> Tensor:
+        return writer.read(name).to(device)
+
+    def recall(module: str) -> Tensor | None:
+        layer = layers.get(module)
+        if layer is None:
+            return None
+        parts = {p.name.removeprefix(f"{layer.stem}."): read(p.name) for p in layer.packed()}
+        quantized = QuantizedTensor.from_state_dict(layer.spec, layer.info.shape, parts)
+        A, B = map(read, adapter_names(layer.info))
+        return effective(layer.info, quantized, A, B, plan.config.scaling)
+
+    return recall
 
 
 def _copy_rest(plan: Plan, source: Checkpoint, writer: CheckpointWriter) -> float:

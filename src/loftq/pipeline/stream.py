@@ -2,7 +2,8 @@
 
 On a GPU a few threads read and solve a batch each, on streams of their own: the copies and small
 eigenproblems that one batch needs of the host run while another keeps the device busy. Where one
-is solved at a time, as with Grams, the next is read meanwhile. Each thread computes alone: waking
+is solved at a time, as with Grams, the next is read meanwhile, unless its statistics are those of
+the model with all before it quantized. Each thread computes alone: waking
 sixteen for a 128 x 128 eigenproblem takes four times as long as solving it. On a CPU batches would
 share the same cores, so they go one by one. The solutions are the same either way.
 Anonymous memory is bounded by the batches in flight, never by the model: the source is mapped.
@@ -21,6 +22,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from loftq.formats import QuantizedTensor
 from loftq.methods import LayerProblem, LayerSolution, ProblemStatistics
 from loftq.ops.precision import full_float32
 from loftq.pipeline.calibration import Statistics, read_statistics
@@ -70,13 +72,15 @@ def _solved_batches(
 
     if device.type == "cpu":
         for batch in batches:
-            yield _solved(plan, batch, source, device, read(batch))
+            yield _solved(plan, batch, source, device, read(batch), statistics)
         return
     # torch loads its GPU linear algebra at the first call, and fails if threads race for it.
     torch.linalg.cholesky(torch.eye(1, device=device))
     waiting = iter(batches)
     ahead: deque[Future[Solved]] = deque()
     threads = torch.get_num_threads()
+    sequential = plan.config.resolved_method().sequential
+    assert not sequential or plan.solved_at_once == 1, "a sequence is solved one after the other"
     with (
         ThreadPoolExecutor(plan.solved_at_once, "solve", _settle, (device,)) as pool,
         ThreadPoolExecutor(1, "read", _settle, (device,)) as reader,
@@ -84,9 +88,9 @@ def _solved_batches(
 
         def begin(batch: Batch) -> Future[Solved]:
             inputs = read(batch)
-            if plan.solved_at_once == 1:  # several read and solve in turn
+            if plan.solved_at_once == 1 and not sequential:  # several read and solve in turn
                 inputs = reader.submit(inputs).result
-            return pool.submit(_solved, plan, batch, source, device, inputs)
+            return pool.submit(_solved, plan, batch, source, device, inputs, statistics)
 
         try:
             # One more than are solved at a time, so that no thread waits for the consumer.
@@ -142,12 +146,20 @@ def _settle(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def _solved(plan: Plan, batch: Batch, source: Source, device: torch.device, read: Inputs) -> Solved:
+def _solved(
+    plan: Plan,
+    batch: Batch,
+    source: Source,
+    device: torch.device,
+    read: Inputs,
+    statistics: Statistics | None,
+) -> Solved:
     begin = time.perf_counter()
     if batch.layers[0].rank:
         weights, known = read()
         begin = time.perf_counter()
         solution = solve_batch(plan, batch, weights, known)
+        _settle_batch(plan, batch, solution, statistics)
     else:
         solution = round_layer(plan, batch.layers[0], source, device)
     _wait(device)  # whoever takes the solution does so from another stream
@@ -173,6 +185,32 @@ def _wait(device: torch.device) -> None:
     """Until all that this thread has started on the device is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def _settle_batch(
+    plan: Plan, batch: Batch, solution: LayerSolution, statistics: Statistics | None
+) -> None:
+    """Let what follows read the outputs of these layers as they are from now on."""
+    if plan.calibration is None or statistics is None:
+        return
+    for i, layer in enumerate(batch.layers):
+        statistics.settle(
+            layer.info.module,
+            lambda i=i, layer=layer: effective(  # type: ignore[misc]
+                layer.info,
+                solution.quantized[i],
+                solution.lora_A[i],
+                solution.lora_B[i],
+                plan.config.scaling,
+            ),
+        )
+
+
+def effective(
+    info: LayerInfo, quantized: QuantizedTensor, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """Q + scaling B A float32 in the module's orientation; a resume forms it from the files."""
+    return oriented(quantized.dequantize() + scaling * (B @ A), info)
 
 
 def _load(batch: Batch, source: Source, device: torch.device) -> Tensor:

@@ -57,10 +57,18 @@ def test_every_target_of_the_engine_says_why(packed: Packed, tmp_path: Path) -> 
     assert "again with --for vllm" in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["loftq", "fast", "best"])
 @pytest.mark.parametrize("engine", sorted(ENGINES))
-def test_quantized_for_an_engine_it_exports_to_it(engine: str, model: Path, tmp_path: Path) -> None:
-    out = exported.pack(model, tmp_path / "out", engine=engine)
+def test_quantized_for_an_engine_it_exports_to_it(
+    engine: str, method: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "some.txt").write_text("\n".join(exported.TEXT) * 8)
+    text = {"data": str(tmp_path / "some.txt"), "statistics": str(tmp_path / "statistics")}
+    sizes = {"calibration_windows": 8, "calibration_context": 32}
+    options = {} if method == "loftq" else text | sizes
+    out = exported.pack(model, tmp_path / "out", engine=engine, method=method, **options)
     record = json.loads((out / "loftq.json").read_text())
+    assert {layer["method"] for layer in record["layers"]} == {method}
     assert {layer["format"] for layer in record["layers"]} == {ENGINE_FORMATS[engine]}
     done = loftq.export(out, engine=engine, output=tmp_path / "export")
     assert done.target == ENGINES[engine][0]
