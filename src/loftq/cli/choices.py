@@ -72,7 +72,7 @@ def _data(plan: Plan, given: Set[str]) -> list[Choice]:
     known = plan.calibration
     if known is not None:
         value = f"{known.source}: {known.tokens:,} tokens, {known.windows} windows"
-        return [Choice("data", value, f"{known.kind} of each layer's inputs, without padding")]
+        return [Choice("data", value, f"{known.kind} statistics of each layer, without padding")]
     if "data" not in given:
         return []
     return [Choice("data", "not used", f"{plan.config.method} needs no text")]
