@@ -62,6 +62,8 @@ def test_a_heavy_term_holds_the_run_at_its_start(recipe: str, task: str, tmp_pat
         )
     names = sorted(path.name for path in (out[1e3].path / "adapter").iterdir())
     assert names == sorted(path.name for path in (out[0.0].path / "adapter").iterdir())
+    sizes = [json.loads((found.path / "task.json").read_text())["bytes"] for found in out.values()]
+    assert sizes[0] == sizes[1]
     assert moved(out[1e3].path, tmp_path) < 0.2 * moved(out[0.0].path, tmp_path)
 
 

@@ -48,16 +48,27 @@ class AnchoredTrainer(TaskTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The task's loss, plus the term where it is trained."""
+        if not self.kl or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.kl and model.training:
-            with torch.no_grad(), _as_it_was(self.accelerator.unwrap_model(model)):
-                before = model(**inputs)
-            labels = inputs.get("labels")
-            ahead = not getattr(model.config, "is_encoder_decoder", False)
-            total, count = divergence(outputs, before, labels, shift=int(ahead))
-            items = count if num_items_in_batch is None else num_items_in_batch
-            loss = loss + self.kl * total / items
+        inner = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), _as_it_was(inner):
+            before = model(**inputs)
+        shift = 0 if getattr(inner.config, "is_encoder_decoder", False) else 1
+        total, count = divergence(outputs, before, inputs.get("labels"), shift=shift)
+        loss = loss + self.kl * total / (
+            count if num_items_in_batch is None else num_items_in_batch
+        )
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; the reference is gone afterwards, so nothing counts or saves it."""
+        found = super().train(*args, **kwargs)
+        if self.kl:
+            model: Any = self.model
+            model.delete_adapter(REFERENCE)
+            self.kl = 0.0
+        return found
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Without the reference, which is the start again after a resume."""
