@@ -166,6 +166,22 @@ def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:
     return why_no_library()
 
 
+def why_no_decode_kernels(x: Tensor) -> str:
+    """Reason that norm, rotation and attention of a decoded token run in plain PyTorch, or ""."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}, the kernels take float16 and bfloat16"
+    return why_no_triton(x.device) or _why_no_decode_kernels(x.device)
+
+
+@lru_cache
+def _why_no_decode_kernels(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "untested on AMD GPUs"
+    from loftq.ops.triton.decode_probe import decoding_is_right
+
+    return _trial(decoding_is_right, device)
+
+
 def why_no_kernels(device: torch.device) -> str:
     """Reason that a device runs none or only some of the kernels; "" if a trial of each worked."""
     return why_no_triton(device) or _why_no_permute(device)
