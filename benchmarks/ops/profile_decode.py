@@ -1,9 +1,10 @@
 """Kernels of one decoded token, by name: what a step of a Llama-2-7B shape spends its time on.
 
-    python benchmarks/ops/profile_decode.py [--format nf4] [--layers 8] [--rank 64] [--context 1024]
+    python benchmarks/ops/profile_decode.py [--format nf4] [--kind overlapping] [--layers 8]
+        [--rank 64] [--context 1024]
 
-The model of bench_decode.py with `prepare_for_inference`, one CUDA graph a step. Sums are over one
-step, as the profiler saw them; "idle" is the step's time less that of its kernels.
+Models and kinds are those of bench_decode.py, one CUDA graph a step. Sums are over one step, as the
+profiler saw them; "idle" is the step's time less that of its kernels, negative where they overlap.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import argparse
 from collections import Counter
 
 import torch
-from bench_decode import make_model, step_times
+from bench_decode import KINDS, make_decoder, make_model, step_times
 from torch.profiler import ProfilerActivity, profile
 
-from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.inference import prepare_for_inference
 
 STEPS = 5
@@ -24,15 +24,16 @@ STEPS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--format", default="nf4")
+    parser.add_argument("--kind", choices=(*KINDS, "dense"), default="overlapping")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     args = parser.parse_args()
     model = make_model(args.format, args.layers, args.rank)
-    if args.format != "bf16":
+    if args.kind == "folded":
         prepare_for_inference(model)
-    median = step_times(model, 1, args.context, 30)[0]
-    decoder = GraphDecoder(model, max_length=args.context + STEPS + 8)  # type: ignore[arg-type]
+    median = step_times(model, 1, args.context, 30, args.kind)[0]
+    decoder = make_decoder(model, 1, args.context + STEPS + 8, args.kind)
     token = decoder.prefill(torch.randint(0, 32000, (1, args.context))).argmax(-1)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(STEPS):

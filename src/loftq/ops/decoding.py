@@ -65,7 +65,7 @@ def rotate_and_store(
         x: [q, k, v] of one token a sequence, (tokens, (heads + 2 kv_heads) * dim).
         bias: added to x, or None.
         cos, sin: of the token's position, (dim,).
-        norms: RMSNorm weights (dim,) of queries and keys before the rotation and their eps; or None.
+        norms: RMSNorm weights (dim,) of queries and keys before the rotation, and eps; or None.
         keys, values: cache (tokens, kv_heads, length, dim), contiguous; row `position` is written.
         position: int64, one element.
         overlap: see above.

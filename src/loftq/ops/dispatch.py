@@ -166,6 +166,13 @@ def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:
     return why_no_library()
 
 
+def may_overlap(device: torch.device) -> bool:
+    """Whether launches may start while the ones before them end (ops/triton/overlap.py)."""
+    if device.type != "cuda" or torch.version.hip is not None or why_no_triton(device):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def why_no_decode_kernels(x: Tensor) -> str:
     """Reason that norm, rotation and attention of a decoded token run in plain PyTorch, or ""."""
     if x.dtype not in (torch.float16, torch.bfloat16):

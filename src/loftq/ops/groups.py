@@ -32,7 +32,7 @@ class Member(NamedTuple):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
-def linears(x: Tensor, members: Sequence[Member], *, overlap: bool = False) -> Tensor:
+def linears(x: Tensor, members: Sequence[Member], *, overlap: bool | None = None) -> Tensor:
     """y = [x W_i^T + s_i (x A_i^T) B_i^T for each member i], side by side; for inference.
 
     Args:
@@ -53,6 +53,8 @@ def linears(x: Tensor, members: Sequence[Member], *, overlap: bool = False) -> T
 def why_not_together(x: Tensor, members: Sequence[Member]) -> str:
     """Reason that these products take a launch each, or ""."""
     first = members[0]
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}, where a launch costs nothing"
     if len(members) > MOST_MEMBERS:
         return f"{len(members)} weights, the kernel holds {MOST_MEMBERS}"
     for member in members:

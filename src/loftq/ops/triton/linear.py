@@ -33,10 +33,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from loftq.ops.dispatch import may_overlap
 from loftq.ops.groups import Member
 from loftq.ops.reference import SCALE_DTYPES, dynamic_map, view_bytes
 from loftq.ops.triton.bits import decode_scale, unpack_at
 from loftq.ops.triton.levels import level_asm, level_words
+from loftq.ops.triton.overlap import options
 
 OPERAND_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 """Neighbouring places of a row in one lane: what Triton chooses for operands that were joined."""
@@ -366,15 +368,16 @@ def small_linear(
     *,
     portable: bool = False,
     launch: Launch | None = None,
+    overlap: bool | None = None,
 ) -> Tensor:
     """x W^T (+ scaling x A^T B^T) for x (tokens, in_features), float16 or bfloat16.
 
-    Arguments as in `schema.quant_linear`; dispatch.py says what the fast decode needs. `portable`
-    takes the other one.
+    Arguments as in `schema.quant_linear`; dispatch.py says what the fast decode needs. Keywords as
+    in `small_linears`.
     """
     layout = (bits, group_size, scale_coding, levels, default_zero)
     member = Member(packed, scale, zero, nested, layout, lora_A, lora_B, scaling)
-    return small_linears(x, (member,), portable=portable, launch=launch)
+    return small_linears(x, (member,), portable=portable, launch=launch, overlap=overlap)
 
 
 def small_linears(
@@ -383,7 +386,7 @@ def small_linears(
     *,
     portable: bool = False,
     launch: Launch | None = None,
-    overlap: bool = False,
+    overlap: bool | None = None,
 ) -> Tensor:
     """`small_linear` of every member, side by side: (tokens, sum of out_features), one launch.
 
@@ -392,8 +395,8 @@ def small_linears(
         members: at most MOST_MEMBERS that `groups.why_not_together` has nothing against.
         portable: the decode.
         launch: shape of the launch; None = the tuned one.
-        overlap: start while the kernel before it runs; it must not write weights (compute
-            capability 9.0).
+        overlap: start while the kernel before it runs, which must not write weights; None = while
+            a graph is captured, in which they do not change.
     """
     x = x.contiguous()
     (tokens, columns), first = x.shape, members[0]
@@ -411,6 +414,8 @@ def small_linears(
     y = torch.empty((tokens, sum(sizes)), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
+    if overlap is None:
+        overlap = may_overlap(x.device) and torch.cuda.is_current_stream_capturing()
     token_blocks = triton.cdiv(tokens, launch.tokens)
     with torch.cuda.device_of(x):
         ax = _adapters_down(x, members, launch.tokens, overlap)
@@ -428,8 +433,8 @@ def small_linears(
             BITS=bits, GROUP=group_size, NESTED=first.nested is not None,
             ZEROS=first.zero is not None, ASM="" if portable else level_asm(bits),
             WIDTH=OPERAND_WIDTH, LORA=ax is not None, PARTS=PARTS, BATCH=launch.batch,
-            ROWS=launch.rows, TOKENS=launch.tokens, AHEAD=launch.ahead, OVERLAP=overlap,
-            num_warps=launch.batch, **({"launch_pdl": True} if overlap else {}),
+            ROWS=launch.rows, TOKENS=launch.tokens, AHEAD=launch.ahead, num_warps=launch.batch,
+            **options(overlap),
         )  # fmt: skip
     return y
 
@@ -446,8 +451,7 @@ def _adapters_down(
     lora_As = tuple(m.lora_A.contiguous() for m in members if m.lora_A is not None)
     _down[grid](
         x, lora_As, ax, tuple(float(m.scaling) for m in members), tokens, columns, rank,
-        BATCH=4, TOKENS=tokens_of_program, PARTS=PARTS, OVERLAP=overlap, num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
+        BATCH=4, TOKENS=tokens_of_program, PARTS=PARTS, num_warps=4, **options(overlap),
     )  # fmt: skip
     return ax
 

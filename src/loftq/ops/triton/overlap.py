@@ -8,20 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-CAPABILITY = (9, 0)
-
 
 def options(overlap: bool) -> dict[str, Any]:
     """Keywords of a launch: the kernel's OVERLAP, and Triton's own where it is on."""
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
-
-
-def may_overlap(device: torch.device) -> bool:
-    """Whether a GPU knows such launches."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= CAPABILITY
-    )
