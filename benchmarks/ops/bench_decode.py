@@ -6,8 +6,9 @@
 Every row decodes greedily from transformers' static cache, one CUDA graph a step
 (loftq.integrations.decode): `stock` through PEFT's layers, `folded` after `prepare_for_inference`,
 `fused` from our own layers (fused_step.py), `overlapping` the same with launches that start while
-the ones before them end. Weights are random: speed does not depend on them. bf16 is the dense model without adapter. Median, p20 and p80
-of the steps between events, the next token chosen on the device.
+the ones before them end. Weights are random: speed does not depend on them. bf16 is the dense model
+without adapter, bnb is bitsandbytes' NF4 with the same adapter in PEFT's layers. Median, p20 and
+p80 of the steps between events, the next token chosen on the device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from loftq.integrations.inference import prepare_for_inference
 from loftq.nn import QuantLinear
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEVICE = "cuda"
 KINDS = ("stock", "folded", "fused", "overlapping")
 
 
@@ -45,6 +47,25 @@ def random_layer(shape: tuple[int, int], name: str) -> QuantLinear:
     return layer
 
 
+def bnb_layer(shape: tuple[int, int], name: str) -> nn.Module:
+    """bitsandbytes' NF4 layer of random values, nested absmax."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    values = 0.02 * torch.randn(shape, device=DEVICE).bfloat16()
+    codes, state = quantize_4bit(values, quant_type="nf4", blocksize=64, compress_statistics=True)
+    layer = Linear4bit(
+        shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+        device="meta",
+    )  # fmt: skip
+    layer.weight = Params4bit(
+        codes, requires_grad=False, quant_state=state, blocksize=64, quant_type="nf4",
+        module=layer, bnb_quantized=True,
+    )  # fmt: skip
+    layer.quant_state = state
+    return layer
+
+
 def make_model(name: str, layers: int, rank: int) -> nn.Module:
     """A Llama-2-7B shape with random weights; packed ones get a random adapter."""
     from peft import LoraConfig, get_peft_model
@@ -61,7 +82,8 @@ def make_model(name: str, layers: int, rank: int) -> nn.Module:
     if name != "bf16":
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and path.rsplit(".", 1)[-1] in TARGETS:
-                model.set_submodule(path, random_layer(tuple(module.weight.shape), name))
+                make = bnb_layer if name == "bnb" else random_layer
+                model.set_submodule(path, make(tuple(module.weight.shape), name))
         for module in model.modules():
             for key, parameter in list(module._parameters.items()):
                 if parameter is not None and parameter.is_meta:
@@ -118,7 +140,7 @@ def main() -> None:
     print("|---|---|---|--:|--:|--:|--:|--:|", flush=True)
     for name in args.formats:
         model = make_model(name, args.layers, args.rank)
-        for kind in ("dense",) if name == "bf16" else args.kinds:
+        for kind in {"bf16": ("dense",), "bnb": ("stock",)}.get(name, args.kinds):
             if kind == "folded":
                 assert not prepare_for_inference(model).left
             allocated = torch.cuda.memory_allocated() / 1e9
