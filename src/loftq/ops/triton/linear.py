@@ -295,28 +295,30 @@ def _down(  # type: ignore[no-untyped-def]
     """Part `program_id(1)` of scaling * A x^T for 16 rows of a member's A, float32 (members, PARTS,
     tokens, rank)."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    STEP: tl.constexpr = PARTS * BATCH * 64
     blocks = tl.cdiv(rank, 16)
     member = tl.program_id(0) // blocks
-    a_ptr = _of_member(a_ptrs, member)
     row = tl.program_id(0) % blocks * 16 + tl.arange(0, 16)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, BATCH)[:, None] * 64 + tl.arange(0, 64)[None, :]  # (BATCH, 64)
+    first = tl.program_id(1) * (BATCH * 64)
+    column = first + tl.arange(0, BATCH)[:, None] * 64 + tl.arange(0, 64)[None, :]  # (BATCH, 64)
+    real = (row < rank)[None, :, None]
+    from_ptr = _of_member(a_ptrs, member) + row.to(tl.int64)[None, :, None] * columns
+    a = tl.load(from_ptr + column[:, None, :], real & (column < columns)[:, None, :], 0.0)
+    if OVERLAP:  # the adapter is nobody's output
+        gdc_launch_dependents()
+        gdc_wait()
     acc = tl.zeros((BATCH, 16, TOKENS), tl.float32)
-    for start in range(tl.program_id(1) * (BATCH * 64), columns, PARTS * BATCH * 64):
-        column = start + k
-        inside = column < columns
-        a = tl.load(
-            a_ptr + row.to(tl.int64)[None, :, None] * columns + column[:, None, :],
-            inside[:, None, :] & (row < rank)[None, :, None], 0.0,
-        )  # fmt: skip
+    for _ in tl.range(first, columns, STEP, num_stages=1):
         x = tl.load(
             x_ptr + token.to(tl.int64)[None, None, :] * columns + column[:, :, None],
-            inside[:, :, None] & (token < tokens)[None, None, :], 0.0,
+            (column < columns)[:, :, None] & (token < tokens)[None, None, :], 0.0,
         )  # fmt: skip
+        column += STEP
+        inside = real & (column < columns)[:, None, :]
+        ahead = tl.load(from_ptr + column[:, None, :], inside, 0.0)
         acc += tl.dot(a.to(TYPE), x)
+        a = ahead
     part = member * PARTS + tl.program_id(1)
     place = part * tokens * rank + token[None, :] * rank + row[:, None]
     inside = (row < rank)[:, None] & (token < tokens)[None, :]
@@ -451,7 +453,7 @@ def _adapters_down(
     lora_As = tuple(m.lora_A.contiguous() for m in members if m.lora_A is not None)
     _down[grid](
         x, lora_As, ax, tuple(float(m.scaling) for m in members), tokens, columns, rank,
-        BATCH=4, TOKENS=tokens_of_program, PARTS=PARTS, num_warps=4, **options(overlap),
+        BATCH=8, TOKENS=tokens_of_program, PARTS=PARTS, num_warps=8, **options(overlap),
     )  # fmt: skip
     return ax
 
