@@ -177,13 +177,16 @@ def why_no_decode_kernels(x: Tensor) -> str:
     """Reason that norm, rotation and attention of a decoded token run in plain PyTorch, or ""."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {x.dtype}, the kernels take float16 and bfloat16"
-    return why_no_triton(x.device) or _why_no_decode_kernels(x.device)
+    return why_no_decoding(x.device)
 
 
 @lru_cache
-def _why_no_decode_kernels(device: torch.device) -> str:
+def why_no_decoding(device: torch.device) -> str:
+    """Reason that a device runs none of the kernels of a decoded token; "" if a trial worked."""
+    if why := why_no_triton(device):
+        return why
     if torch.version.hip is not None:
-        return "untested on AMD GPUs"
+        return "the kernels of a decoded token are untested on AMD GPUs"
     from loftq.ops.triton.decode_probe import decoding_is_right
 
     return _trial(decoding_is_right, device)
