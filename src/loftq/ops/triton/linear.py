@@ -174,6 +174,7 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
     word_ptr, high_ptr = _of_member(word_ptrs, member), _of_member(high_ptrs, member)
     packed_ptr, scale_ptr = _of_member(packed_ptrs, member), _of_member(scale_ptrs, member)
     zero_ptr, nested_ptr = _of_member(zero_ptrs, member), _of_member(nested_ptrs, member)
+    b_ptr, ax_ptr = _of_member(b_ptrs, member), ax_ptr + member * (PARTS * tokens * rank)
     first_row = block * ROWS
     first_token = tl.program_id(1) * TOKENS
     row_out = first_row + tl.arange(0, ROWS)
@@ -216,6 +217,10 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
         if OVERLAP:  # the weights are nobody's output
             gdc_launch_dependents()
             gdc_wait()
+        if LORA:  # first, while the weights are on their way
+            acc = _lora(
+                acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
+            )
         for start in tl.range(0, tiles, BATCH * AHEAD, num_stages=1):
             wp += AHEAD * STEP
             hp += AHEAD * STEP
@@ -257,6 +262,10 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             words, highs, codes = next_words, next_highs, next_codes
             xp += AHEAD * BATCH * 64
     else:
+        if LORA:
+            acc = _lora(
+                acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
+            )
         column_64 = tl.arange(0, 64)
         for start in tl.range(0, tiles, BATCH, num_stages=1):
             column = (start + b)[:, None] * 64 + column_64[None, :]  # (BATCH, 64)
@@ -277,11 +286,6 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
                 inside[:, :, None] & (token < tokens)[None, None, :], 0.0,
             )  # fmt: skip
             acc += tl.dot(weight.to(TYPE), x)
-    if LORA:
-        acc = _lora(
-            acc, ax_ptr + member * (PARTS * tokens * rank), _of_member(b_ptrs, member), row, token,
-            tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE,
-        )  # fmt: skip
     y = tl.sum(acc, 0)  # (ROWS, TOKENS)
     place = y_ptr + token[None, :].to(tl.int64) * all_rows + before + row_out[:, None]
     tl.store(place, y.to(TYPE), (row_out < rows)[:, None] & (token < tokens)[None, :])
