@@ -1,7 +1,8 @@
-"""One packed linear layer against bf16 cuBLAS and bitsandbytes (if installed), on one GPU.
+"""One packed linear layer against bf16 cuBLAS and, where installed, its peers, on one GPU.
 
     python benchmarks/ops/bench_linear.py [--bits 4 3 2] [--tokens 1 4 16 64]
-        [--shapes 4096x4096 ...] [--routes kernel dequantize] [--rank 64] [--seconds 600]
+        [--shapes 4096x4096 ...] [--routes kernel apart dequantize alone] [--peers] [--rank 64]
+        [--seconds 600]
 
 Times are of one call inside a CUDA graph, over so many distinct weights that they cannot stay in
 the L2 cache (>= 400 MB); median, p20 and p80 of 20 replays. `share` is stored bytes of the weight
@@ -12,7 +13,6 @@ more than twice that of the dense bf16 product is not timed: the run stops.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+from peers import PEERS
 from torch import Tensor
 
 from loftq.formats import component_shapes, parse_format
@@ -112,9 +113,9 @@ def dequantize_and_multiply(x: Tensor, packed: Packed) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def kernel(x: Tensor, packed: Packed) -> Tensor:
-    """The few-token product."""
-    return small_linear(x, *packed.tensors, *packed.layout)
+def kernel(x: Tensor, packed: Packed, overlap: bool | None = None) -> Tensor:
+    """The few-token product; in a graph its launches overlap."""
+    return small_linear(x, *packed.tensors, *packed.layout, overlap=overlap)
 
 
 def folded(rank: int, x: Tensor, packed: Packed) -> Tensor:
@@ -141,22 +142,6 @@ def bf16_rows(shape: tuple[int, int], tokens: list[int]) -> Iterator[tuple[int, 
         yield m, graph_times([partial(torch.nn.functional.linear, x, w) for w in weights])
 
 
-def bnb_rows(shape: tuple[int, int], tokens: list[int]) -> Iterator[tuple[int, tuple]]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
-    import bitsandbytes
-    from bitsandbytes.functional import quantize_4bit
-
-    weights = [
-        quantize_4bit(_small(*shape), quant_type="nf4", blocksize=64)
-        for _ in range(copies(shape[0] * shape[1] / 2))
-    ]
-    for m in tokens:
-        x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
-        calls = [partial(bitsandbytes.matmul_4bit, x, q.t(), quant_state=s) for q, s in weights]
-        yield m, graph_times(calls)
-
-
 def packed_rows(
     shape: tuple[int, int], bits: int, tokens: list[int], routes: list[str], rank: int
 ) -> Iterator[tuple[str, int, tuple, int]]:
@@ -174,12 +159,19 @@ def packed_rows(
             chosen["kernel"] = kernel
             if rank:
                 chosen[f"kernel + r={rank}"] = partial(folded, rank)
+            if "apart" in routes:
+                chosen["kernel, no overlap"] = partial(kernel, overlap=False)
         if "dequantize" in routes:
             chosen["dequantize"] = dequantize_and_multiply
         for route, run in chosen.items():
             if "r=" not in route:
                 check(run(x, first), x, exact, f"{shape}, {bits} bits, {m} tokens, {route}")
             yield route, m, graph_times([partial(run, x, w) for w in weights]), first.nbytes
+    if "alone" in routes:
+        calls = [
+            partial(dequantize, *w.tensors, shape[1], *w.layout, torch.bfloat16) for w in weights
+        ]
+        yield "dequantize alone", 0, graph_times(calls), first.nbytes + 2 * shape[0] * shape[1]
 
 
 def main() -> None:
@@ -188,6 +180,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--routes", nargs="+", default=["kernel", "dequantize"])
+    parser.add_argument("--peers", action="store_true", help="bitsandbytes and gemlite too")
     parser.add_argument("--rank", type=int, default=0, help="also with an adapter of this rank")
     parser.add_argument("--seconds", type=float, default=600, help="start no row after this")
     args = parser.parse_args()
@@ -211,8 +204,11 @@ def main() -> None:
         for m, times in bf16_rows(shape, args.tokens):
             base[m] = times[0]
             row(name, "bf16", m, "cuBLAS", times, 2 * size, times[0])
-        for m, times in bnb_rows(shape, [m for m in args.tokens if m <= 64]):
-            row(name, "nf4 f32", m, "bitsandbytes", times, size * (0.5 + 4 / 64), base[m])
+        base[0] = 0.0
+        few = [m for m in args.tokens if m <= 64]
+        for peer in PEERS if args.peers else ():
+            for weight, m, times, nbytes in peer(shape, few, copies, graph_times):
+                row(name, weight, m, peer.__name__, times, nbytes, base[m])
         for bits in args.bits:
             for route, m, times, nbytes in packed_rows(
                 shape, bits, args.tokens, args.routes, args.rank

@@ -1,7 +1,7 @@
 """Launch shapes of the few-token product, one against another: the data behind `choose_launch`.
 
     python benchmarks/ops/sweep_linear.py [--bits 4 3 2] [--tokens 1 16 64] [--shapes 4096x4096 ...]
-        [--rank 64] [--seconds 120]
+        [--rank 64] [--kinds triton cuda] [--seconds 120]
 
 Times as in bench_linear.py; `hot` is one weight over and over, from the L2 cache. A launch with a
 wrong result is reported and not timed.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loftq.ops import dequantize
 from loftq.ops.cuda.few_tokens import Launch, choose_launch, few_tokens
+from loftq.ops.triton.linear import Launch as TritonLaunch
 from loftq.ops.triton.linear import small_linear
 
 
@@ -37,6 +38,17 @@ def launches(tokens: int) -> Iterator[Launch]:
         yield from (Launch(warps=w, slab=r, tokens=t, ahead=a) for w, r, t, a in shapes)
 
 
+def triton_launches(tokens: int) -> Iterator[TritonLaunch]:
+    """Launches of the Triton product around the ones it takes by itself."""
+    shapes = {
+        8: [(4, 32, 8, 4), (8, 16, 8, 4), (4, 16, 8, 4), (4, 32, 8, 2), (8, 32, 8, 2)],
+        16: [(4, 32, 16, 2), (4, 16, 16, 4), (8, 32, 16, 1), (8, 16, 16, 2)],
+        64: [(4, 32, 32, 1), (4, 16, 64, 1), (4, 32, 64, 1), (8, 16, 64, 1), (4, 16, 32, 2)],
+    }
+    for b, r, t, a in shapes[8 if tokens <= 8 else 16 if tokens <= 16 else 64]:
+        yield TritonLaunch(batch=b, rows=r, tokens=t, ahead=a)
+
+
 def error_ratio(y: Tensor, x: Tensor, exact: Tensor) -> float:
     """Error of y against float64 over that of the dense bf16 product."""
     wanted = x.double() @ exact.T
@@ -44,22 +56,36 @@ def error_ratio(y: Tensor, x: Tensor, exact: Tensor) -> float:
     return ((y.double() - wanted).norm() / (dense - wanted).norm()).item()
 
 
-def routes(tokens: int, rank: int, shape: tuple[int, int]) -> Iterator[tuple[str, object]]:
+def routes(
+    tokens: int, rank: int, shape: tuple[int, int], kinds: list[str]
+) -> Iterator[tuple[str, Callable[[Tensor, Packed], Tensor]]]:
     def cuda(launch: Launch, overlap: bool, adapter: tuple, x: Tensor, w: Packed) -> Tensor:
         return few_tokens(x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap)
 
-    def triton(adapter: tuple, x: Tensor, w: Packed) -> Tensor:
-        return small_linear(x, *w.tensors, *w.layout, *adapter)
+    def triton(
+        launch: TritonLaunch | None, overlap: bool, adapter: tuple, x: Tensor, w: Packed
+    ) -> Tensor:
+        return small_linear(
+            x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap
+        )  # fmt: skip
 
     adapter = (*random_adapter(*shape, rank), 1.0)
-    yield "triton", partial(triton, ())
+    if "triton" in kinds:
+        yield "triton no overlap", partial(triton, None, False, ())
+        yield "triton", partial(triton, None, True, ())
+        yield f"triton no overlap r={rank}", partial(triton, None, False, adapter)
+        yield f"triton r={rank}", partial(triton, None, True, adapter)
+        for shape_of in triton_launches(tokens):
+            name = f"triton b{shape_of.batch} r{shape_of.rows} t{shape_of.tokens}"
+            yield f"{name} a{shape_of.ahead}", partial(triton, shape_of, True, ())
+    if "cuda" not in kinds:
+        return
     for launch in launches(tokens):
         name = f"cuda w{launch.warps} s{launch.slab} t{launch.tokens} a{launch.ahead}"
         yield name, partial(cuda, launch, True, ())
         if launch == choose_launch(tokens):
             yield f"{name} no overlap", partial(cuda, launch, False, ())
             yield f"{name} r={rank}", partial(cuda, launch, True, adapter)
-    yield f"triton r={rank}", partial(triton, adapter)
 
 
 def main() -> None:
@@ -67,6 +93,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--kinds", nargs="+", choices=["triton", "cuda"], default=["triton"])
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120, help="start no row after this")
     args = parser.parse_args()
@@ -84,7 +111,7 @@ def main() -> None:
             exact = dequantize(*first.tensors, shape[1], *first.layout, torch.float32).double()
             for m in args.tokens:
                 x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
-                for route, run in routes(m, args.rank, shape):
+                for route, run in routes(m, args.rank, shape, args.kinds):
                     if time.monotonic() - started > args.seconds:
                         print(f"stopped after {args.seconds:.0f} s")
                         return

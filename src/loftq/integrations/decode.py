@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from loftq.integrations.fused_step import FusedStep
+
 
 class GraphDecoder:
     """Greedy decoding of one batch of equally long prompts.
@@ -23,13 +25,24 @@ class GraphDecoder:
         model: a causal language model, or a PEFT model around one, in eval mode on one device.
         batch: sequences decoded together.
         max_length: tokens that the cache holds, prompt included.
+        fused: whether layers that are known run from our own kernels (fused_step.py), which round
+            a little differently; None = on a GPU. `not_fused` says why they do not.
 
     Raises:
         ValueError: sizes below 1, or a model spread over devices.
     """
 
-    def __init__(self, model: PreTrainedModel, *, batch: int = 1, max_length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch: int = 1,
+        max_length: int,
+        fused: bool | None = None,
+    ) -> None:
         from transformers import StaticCache
+
+        from loftq.integrations.fused_step import FusedStep, why_not_fused
 
         devices = {parameter.device for parameter in model.parameters()}
         if batch < 1 or max_length < 2:
@@ -46,6 +59,11 @@ class GraphDecoder:
         self._token = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
         self._logits: Tensor | None = None
         self._graph: Any = None
+        fused = self.device.type == "cuda" if fused is None else fused
+        self.not_fused = why_not_fused(model) if fused else "it was not asked for"
+        self._fused: FusedStep | None = None
+        if not self.not_fused:
+            self._fused = FusedStep(model, self._cache)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -105,6 +123,8 @@ class GraphDecoder:
         return torch.cat([tokens.to(self.device), torch.stack(chosen, 1)], 1)
 
     def _run(self) -> Tensor:
+        if self._fused is not None and self._cache.is_initialized:
+            return self._fused(self._token)
         output = self.model(input_ids=self._token, past_key_values=self._cache)
         return output.logits[:, -1]
 

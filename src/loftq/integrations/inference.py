@@ -74,12 +74,18 @@ def why_not_folded(module: Any) -> str:
     return ""
 
 
+def active_adapter(module: Any) -> str:
+    """Name of the one adapter of a layer that `why_not_folded` has nothing against."""
+    (name,) = (name for name in module.active_adapters if name in module.lora_A)
+    return name
+
+
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """PEFT's LoRA forward on a packed layer, in one operator where nothing speaks against it."""
     if args or kwargs or self.training or torch.is_grad_enabled() or why_not_folded(self):
         return type(self).forward(self, x, *args, **kwargs)
     base = self.base_layer
-    (name,) = (name for name in self.active_adapters if name in self.lora_A)
+    name = active_adapter(self)
     y = quant_linear_lora(
         autocast(x), base.weight_packed, base.weight_scale, base.weight_zero, base.weight_nested,
         *base.layout, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name],

@@ -166,6 +166,32 @@ def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:
     return why_no_library()
 
 
+def may_overlap(device: torch.device) -> bool:
+    """Whether launches may start while the ones before them end (ops/triton/overlap.py)."""
+    if device.type != "cuda" or torch.version.hip is not None or why_no_triton(device):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def why_no_decode_kernels(x: Tensor) -> str:
+    """Reason that norm, rotation and attention of a decoded token run in plain PyTorch, or ""."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}, the kernels take float16 and bfloat16"
+    return why_no_decoding(x.device)
+
+
+@lru_cache
+def why_no_decoding(device: torch.device) -> str:
+    """Reason that a device runs none of the kernels of a decoded token; "" if a trial worked."""
+    if why := why_no_triton(device):
+        return why
+    if torch.version.hip is not None:
+        return "the kernels of a decoded token are untested on AMD GPUs"
+    from loftq.ops.triton.decode_probe import decoding_is_right
+
+    return _trial(decoding_is_right, device)
+
+
 def why_no_kernels(device: torch.device) -> str:
     """Reason that a device runs none or only some of the kernels; "" if a trial of each worked."""
     return why_no_triton(device) or _why_no_permute(device)

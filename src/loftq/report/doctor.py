@@ -197,16 +197,21 @@ def _kernels() -> Iterator[Check]:
         return
     if not torch.cuda.is_available():
         return
-    from loftq.ops.dispatch import why_no_kernels
+    from loftq.ops import dispatch
 
+    kinds = (
+        ("kernels", dispatch.why_no_kernels, "weights are unpacked before each product"),
+        ("decoding", dispatch.why_no_decoding, "each token takes several times as many launches"),
+    )
     for index in range(torch.cuda.device_count()):
-        why = why_no_kernels(torch.device("cuda", index))
-        yield Check(
-            name=f"gpu {index} kernels",
-            status="warn" if why else "ok",
-            found=why or "a trial of each gave the right values",
-            advice="everything works, but weights are unpacked before each product" if why else "",
-        )
+        for kind, look, limit in kinds:
+            why = look(torch.device("cuda", index))
+            yield Check(
+                name=f"gpu {index} {kind}",
+                status="warn" if why else "ok",
+                found=why or "a trial of each gave the right values",
+                advice=f"everything works, but {limit}" if why else "",
+            )
 
 
 def _cpu_library() -> Iterator[Check]:

@@ -13,34 +13,38 @@ import triton.language as tl
 @triton.jit
 def unpack(  # type: ignore[no-untyped-def]  # arguments are Triton's
     row_ptr, first, columns,
-    BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Codes (ROWS, COLUMNS) int32 of the columns first .. first + COLUMNS of packed rows.
 
     row_ptr: (ROWS, 1) pointers to the first byte of each row, or of row 0 where a row is outside.
     first: multiple of 8. Columns beyond the last of a row give the codes of other bytes.
+    WHOLE: whether there are none; without a mask, which Triton cannot align, loads are wide.
     """
     if BITS == 8:
-        codes = _plane(row_ptr, 0, first, columns, 8, ROWS, COLUMNS)
+        codes = _plane(row_ptr, 0, first, columns, 8, ROWS, COLUMNS, WHOLE)
     elif BITS == 3:
-        low = _plane(row_ptr, 0, first, columns, 2, ROWS, COLUMNS)
-        high = _plane(row_ptr, (columns + 3) // 4, first, columns, 1, ROWS, COLUMNS)
+        low = _plane(row_ptr, 0, first, columns, 2, ROWS, COLUMNS, WHOLE)
+        high = _plane(row_ptr, (columns + 3) // 4, first, columns, 1, ROWS, COLUMNS, WHOLE)
         codes = low | (high << 2)
     else:
-        codes = _plane(row_ptr, 0, first, columns, BITS, ROWS, COLUMNS)
+        codes = _plane(row_ptr, 0, first, columns, BITS, ROWS, COLUMNS, WHOLE)
     return codes
 
 
 @triton.jit
 def _plane(  # type: ignore[no-untyped-def]
     row_ptr, start, first, columns,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     PER_BYTE: tl.constexpr = 8 // WIDTH
     BYTES: tl.constexpr = COLUMNS // PER_BYTE
     at = first // PER_BYTE + tl.arange(0, BYTES)
-    inside = at < (columns + PER_BYTE - 1) // PER_BYTE
-    stored = tl.load(row_ptr + start + at[None, :], inside[None, :], 0).to(tl.int32)
+    if WHOLE:
+        stored = tl.load(row_ptr + start + at[None, :]).to(tl.int32)
+    else:
+        inside = at < (columns + PER_BYTE - 1) // PER_BYTE
+        stored = tl.load(row_ptr + start + at[None, :], inside[None, :], 0).to(tl.int32)
     shift = tl.arange(0, PER_BYTE) * WIDTH
     codes = (stored[:, :, None] >> shift[None, None, :]) & ((1 << WIDTH) - 1)
     return tl.reshape(codes, (ROWS, COLUMNS))  # (ROWS, BYTES, PER_BYTE), low bits first

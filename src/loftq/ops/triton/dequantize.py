@@ -29,14 +29,20 @@ def _dequantize(  # type: ignore[no-untyped-def]  # arguments are Triton's
     rows, columns, groups, row_bytes, zero_row_bytes, default_zero,
     BITS: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr,
     CODEBOOK: tl.constexpr, ZEROS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1) * BLOCK_COLUMNS
     column = first + tl.arange(0, BLOCK_COLUMNS)
     here = tl.minimum(row, rows - 1)  # rows outside read the last one, and write nothing
     codes = unpack(
-        packed_ptr + here[:, None] * row_bytes, first, columns, BITS, BLOCK_ROWS, BLOCK_COLUMNS
+        packed_ptr + here[:, None] * row_bytes,
+        first,
+        columns,
+        BITS,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        WHOLE,
     )  # (BLOCK_ROWS, BLOCK_COLUMNS)
     if CODEBOOK:
         values = tl.load(levels_ptr + codes)
@@ -99,7 +105,7 @@ def dequantize(
             default_zero,
             BITS=bits, GROUP=group_size, NESTED=nested is not None, CODEBOOK=bool(levels),
             ZEROS=zero is not None, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS,
-            enable_fp_fusion=False,
+            WHOLE=in_features % BLOCK_COLUMNS == 0, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

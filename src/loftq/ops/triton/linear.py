@@ -31,10 +31,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from loftq.ops.dispatch import may_overlap
+from loftq.ops.groups import Member
 from loftq.ops.reference import SCALE_DTYPES, dynamic_map, view_bytes
 from loftq.ops.triton.bits import decode_scale, unpack_at
 from loftq.ops.triton.levels import level_asm, level_words
+from loftq.ops.triton.overlap import options
 
 OPERAND_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 """Neighbouring places of a row in one lane: what Triton chooses for operands that were joined."""
@@ -126,14 +130,38 @@ def _lora(  # type: ignore[no-untyped-def]
     return acc
 
 
+@triton.jit
+def _of_member(values, member):  # type: ignore[no-untyped-def]
+    """values[member], for pointers or numbers."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(member == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def _member_of(block, sizes, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(member, its block, rows before it) of a block of SIZE rows; members start new blocks."""
+    member, first, before = 0, 0, 0
+    start, rows = 0, 0
+    for i in tl.static_range(0, len(sizes) - 1):
+        start += tl.cdiv(sizes[i], SIZE)
+        rows += sizes[i]
+        member = tl.where(block >= start, i + 1, member)
+        first = tl.where(block >= start, start, first)
+        before = tl.where(block >= start, rows, before)
+    return member, block - first, before
+
+
 @triton.jit(do_not_specialize=["apart"])
 def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
-    x_ptr, word_ptr, high_ptr, packed_ptr, scale_ptr, zero_ptr, nested_ptr, map_ptr, levels_ptr,
-    table_ptr, ax_ptr, b_ptr, y_ptr,
-    tokens, rows, columns, groups, row_bytes, zero_row_bytes, rank, apart,
+    x_ptr, word_ptrs, high_ptrs, packed_ptrs, scale_ptrs, zero_ptrs, nested_ptrs, map_ptr,
+    levels_ptr, table_ptr, ax_ptr, b_ptrs, y_ptr, sizes,
+    tokens, all_rows, columns, groups, row_bytes, zero_row_bytes, rank, apart,
     BITS: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr, ZEROS: tl.constexpr,
     ASM: tl.constexpr, WIDTH: tl.constexpr, LORA: tl.constexpr, PARTS: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     UNIT: tl.constexpr = 8 if BITS == 4 else 16
@@ -141,7 +169,13 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
     H: tl.constexpr = ROWS // 8
     S: tl.constexpr = TOKENS // 8
     STEP: tl.constexpr = BATCH * (64 // UNIT)  # words from a warp's tile to its next
-    first_row = tl.program_id(0) * ROWS
+    member, block, before = _member_of(tl.program_id(0), sizes, ROWS)
+    rows = _of_member(sizes, member)
+    word_ptr, high_ptr = _of_member(word_ptrs, member), _of_member(high_ptrs, member)
+    packed_ptr, scale_ptr = _of_member(packed_ptrs, member), _of_member(scale_ptrs, member)
+    zero_ptr, nested_ptr = _of_member(zero_ptrs, member), _of_member(nested_ptrs, member)
+    b_ptr, ax_ptr = _of_member(b_ptrs, member), ax_ptr + member * (PARTS * tokens * rank)
+    first_row = block * ROWS
     first_token = tl.program_id(1) * TOKENS
     row_out = first_row + tl.arange(0, ROWS)
     row = tl.minimum(row_out, rows - 1).to(tl.int64)  # rows outside read the last, write nothing
@@ -180,6 +214,13 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             highs = highs + (tl.load(hp + d * STEP, d * BATCH + b5 < tiles) if BITS == 3 else word,)
             group = _tile_group(d * BATCH + b, groups, GROUP)
             codes = codes + (tl.load(scale_ptr + row[None, :] * groups + group[:, None]),)
+        if OVERLAP:  # the weights are nobody's output
+            gdc_launch_dependents()
+            gdc_wait()
+        if LORA:  # first, while the weights are on their way
+            acc = _lora(
+                acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
+            )
         for start in tl.range(0, tiles, BATCH * AHEAD, num_stages=1):
             wp += AHEAD * STEP
             hp += AHEAD * STEP
@@ -221,6 +262,10 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             words, highs, codes = next_words, next_highs, next_codes
             xp += AHEAD * BATCH * 64
     else:
+        if LORA:
+            acc = _lora(
+                acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
+            )
         column_64 = tl.arange(0, 64)
         for start in tl.range(0, tiles, BATCH, num_stages=1):
             column = (start + b)[:, None] * 64 + column_64[None, :]  # (BATCH, 64)
@@ -241,39 +286,47 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
                 inside[:, :, None] & (token < tokens)[None, None, :], 0.0,
             )  # fmt: skip
             acc += tl.dot(weight.to(TYPE), x)
-    if LORA:
-        acc = _lora(acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE)
     y = tl.sum(acc, 0)  # (ROWS, TOKENS)
-    place = y_ptr + token[None, :].to(tl.int64) * rows + row_out[:, None]
+    place = y_ptr + token[None, :].to(tl.int64) * all_rows + before + row_out[:, None]
     tl.store(place, y.to(TYPE), (row_out < rows)[:, None] & (token < tokens)[None, :])
 
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]
-    x_ptr, a_ptr, ax_ptr, tokens, columns, rank, scaling,
-    BATCH: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    x_ptr, a_ptrs, ax_ptr, scalings, tokens, columns, rank,
+    BATCH: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Part `program_id(1)` of scaling * A x^T for 16 rows of A, float32 (PARTS, tokens, rank)."""
+    """Part `program_id(1)` of scaling * A x^T for 16 rows of a member's A, float32 (members, PARTS,
+    tokens, rank)."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    row = tl.program_id(0) * 16 + tl.arange(0, 16)
+    STEP: tl.constexpr = PARTS * BATCH * 64
+    blocks = tl.cdiv(rank, 16)
+    member = tl.program_id(0) // blocks
+    row = tl.program_id(0) % blocks * 16 + tl.arange(0, 16)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, BATCH)[:, None] * 64 + tl.arange(0, 64)[None, :]  # (BATCH, 64)
+    first = tl.program_id(1) * (BATCH * 64)
+    column = first + tl.arange(0, BATCH)[:, None] * 64 + tl.arange(0, 64)[None, :]  # (BATCH, 64)
+    real = (row < rank)[None, :, None]
+    from_ptr = _of_member(a_ptrs, member) + row.to(tl.int64)[None, :, None] * columns
+    a = tl.load(from_ptr + column[:, None, :], real & (column < columns)[:, None, :], 0.0)
+    if OVERLAP:  # the adapter is nobody's output
+        gdc_launch_dependents()
+        gdc_wait()
     acc = tl.zeros((BATCH, 16, TOKENS), tl.float32)
-    for start in range(tl.program_id(1) * (BATCH * 64), columns, PARTS * BATCH * 64):
-        column = start + k
-        inside = column < columns
-        a = tl.load(
-            a_ptr + row.to(tl.int64)[None, :, None] * columns + column[:, None, :],
-            inside[:, None, :] & (row < rank)[None, :, None], 0.0,
-        )  # fmt: skip
+    for _ in tl.range(first, columns, STEP, num_stages=1):
         x = tl.load(
             x_ptr + token.to(tl.int64)[None, None, :] * columns + column[:, :, None],
-            inside[:, :, None] & (token < tokens)[None, None, :], 0.0,
+            (column < columns)[:, :, None] & (token < tokens)[None, None, :], 0.0,
         )  # fmt: skip
+        column += STEP
+        inside = real & (column < columns)[:, None, :]
+        ahead = tl.load(from_ptr + column[:, None, :], inside, 0.0)
         acc += tl.dot(a.to(TYPE), x)
-    place = tl.program_id(1) * tokens * rank + token[None, :] * rank + row[:, None]
+        a = ahead
+    part = member * PARTS + tl.program_id(1)
+    place = part * tokens * rank + token[None, :] * rank + row[:, None]
     inside = (row < rank)[:, None] & (token < tokens)[None, :]
-    tl.store(ax_ptr + place, tl.sum(acc, 0) * scaling, inside)
+    tl.store(ax_ptr + place, tl.sum(acc, 0) * _of_member(scalings, member), inside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,46 +374,92 @@ def small_linear(
     *,
     portable: bool = False,
     launch: Launch | None = None,
+    overlap: bool | None = None,
 ) -> Tensor:
     """x W^T (+ scaling x A^T B^T) for x (tokens, in_features), float16 or bfloat16.
 
-    Arguments as in `schema.quant_linear`; dispatch.py says what the fast decode needs. `portable`
-    takes the other one.
+    Arguments as in `schema.quant_linear`; dispatch.py says what the fast decode needs. Keywords as
+    in `small_linears`.
+    """
+    layout = (bits, group_size, scale_coding, levels, default_zero)
+    member = Member(packed, scale, zero, nested, layout, lora_A, lora_B, scaling)
+    return small_linears(x, (member,), portable=portable, launch=launch, overlap=overlap)
+
+
+def small_linears(
+    x: Tensor,
+    members: Sequence[Member],
+    *,
+    portable: bool = False,
+    launch: Launch | None = None,
+    overlap: bool | None = None,
+) -> Tensor:
+    """`small_linear` of every member, side by side: (tokens, sum of out_features), one launch.
+
+    Args:
+        x: (tokens, in_features).
+        members: at most MOST_MEMBERS that `groups.why_not_together` has nothing against.
+        portable: the decode.
+        launch: shape of the launch; None = the tuned one.
+        overlap: start while the kernel before it runs, which must not write weights; None = while
+            a graph is captured, in which they do not change.
     """
     x = x.contiguous()
-    (tokens, columns), rows = x.shape, packed.shape[0]
-    launch = launch or choose_launch(bits, tokens, rows)
-    minus = 0.0 if zero is not None else default_zero
+    (tokens, columns), first = x.shape, members[0]
+    bits, group_size, scale_coding, levels, default_zero = first.layout
+    sizes = tuple(member.packed.shape[0] for member in members)
+    launch = launch or choose_launch(bits, tokens, sum(sizes))
+    minus = 0.0 if first.zero is not None else default_zero
     values = tuple(levels) or tuple(code - minus for code in range(2**bits))
     table, codebook, words = _tables(values, x.dtype, x.device)
-    scales = scale if nested is not None else view_bytes(scale, SCALE_DTYPES[scale_coding])
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    packed = tuple(member.packed for member in members)
+    scales = tuple(
+        m.scale if m.nested is not None else view_bytes(m.scale, SCALE_DTYPES[scale_coding])
+        for m in members
+    )
+    y = torch.empty((tokens, sum(sizes)), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    ax, rank = x, 0
+    if overlap is None:
+        overlap = may_overlap(x.device) and torch.cuda.is_current_stream_capturing()
     token_blocks = triton.cdiv(tokens, launch.tokens)
     with torch.cuda.device_of(x):
-        if lora_A is not None and lora_B is not None:
-            rank, lora_B = lora_A.shape[0], lora_B.contiguous()
-            ax = torch.empty((PARTS, tokens, rank), dtype=torch.float32, device=x.device)
-            _down[(triton.cdiv(rank, 16), PARTS, token_blocks)](
-                x, lora_A.contiguous(), ax, tokens, columns, rank, scaling,
-                BATCH=4, TOKENS=launch.tokens, PARTS=PARTS, num_warps=4,
-            )  # fmt: skip
-        _linear[(triton.cdiv(rows, launch.rows), token_blocks)](
-            x, packed if portable else packed.view(torch.int32),
-            packed if portable or bits != 3 else packed.view(torch.int16), packed, scales,
-            packed if zero is None else zero,
-            table if nested is None else view_bytes(nested, torch.float32), table, codebook, words,
-            ax, x if lora_B is None else lora_B, y,
-            tokens, rows, columns, scales.shape[-1], packed.shape[1],
-            0 if zero is None else zero.shape[1], rank, 1,
-            BITS=bits, GROUP=group_size, NESTED=nested is not None, ZEROS=zero is not None,
-            ASM="" if portable else level_asm(bits), WIDTH=OPERAND_WIDTH,
-            LORA=lora_B is not None, PARTS=PARTS, BATCH=launch.batch, ROWS=launch.rows,
-            TOKENS=launch.tokens, AHEAD=launch.ahead, num_warps=launch.batch,
+        ax = _adapters_down(x, members, launch.tokens, overlap)
+        blocks = sum(triton.cdiv(size, launch.rows) for size in sizes)
+        _linear[(blocks, token_blocks)](
+            x, packed if portable else tuple(t.view(torch.int32) for t in packed),
+            packed if portable or bits != 3 else tuple(t.view(torch.int16) for t in packed),
+            packed, scales, tuple(m.packed if m.zero is None else m.zero for m in members),
+            tuple(table if m.nested is None else view_bytes(m.nested, torch.float32)
+                  for m in members),
+            table, codebook, words, x if ax is None else ax,
+            tuple(x if m.lora_B is None else m.lora_B.contiguous() for m in members), y, sizes,
+            tokens, sum(sizes), columns, scales[0].shape[-1], packed[0].shape[1],
+            0 if first.zero is None else first.zero.shape[1], first.rank, 1,
+            BITS=bits, GROUP=group_size, NESTED=first.nested is not None,
+            ZEROS=first.zero is not None, ASM="" if portable else level_asm(bits),
+            WIDTH=OPERAND_WIDTH, LORA=ax is not None, PARTS=PARTS, BATCH=launch.batch,
+            ROWS=launch.rows, TOKENS=launch.tokens, AHEAD=launch.ahead, num_warps=launch.batch,
+            **options(overlap),
         )  # fmt: skip
     return y
+
+
+def _adapters_down(
+    x: Tensor, members: Sequence[Member], tokens_of_program: int, overlap: bool
+) -> Tensor | None:
+    """scaling A x^T of every member in PARTS sums, (members, PARTS, tokens, rank); None without."""
+    (tokens, columns), rank = x.shape, members[0].rank
+    if not rank:
+        return None
+    ax = torch.empty((len(members), PARTS, tokens, rank), dtype=torch.float32, device=x.device)
+    grid = (len(members) * triton.cdiv(rank, 16), PARTS, triton.cdiv(tokens, tokens_of_program))
+    lora_As = tuple(m.lora_A.contiguous() for m in members if m.lora_A is not None)
+    _down[grid](
+        x, lora_As, ax, tuple(float(m.scaling) for m in members), tokens, columns, rank,
+        BATCH=8, TOKENS=tokens_of_program, PARTS=PARTS, num_warps=8, **options(overlap),
+    )  # fmt: skip
+    return ax
 
 
 @lru_cache

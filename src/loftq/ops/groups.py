@@ -1,0 +1,78 @@
+"""Products of one input with several packed weights: q, k and v, or gate and up, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loftq.ops.dispatch import why_no_small_linear
+from loftq.ops.schema import quant_linear, quant_linear_lora
+
+MOST_MEMBERS = 3
+
+
+class Member(NamedTuple):
+    """A packed weight with its adapter, if any; fields as in `schema.quant_linear_lora`."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    nested: Tensor | None
+    layout: tuple[int, int, str, Sequence[float], float]
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Rows of A; 0 without an adapter."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+
+def linears(x: Tensor, members: Sequence[Member], *, overlap: bool | None = None) -> Tensor:
+    """y = [x W_i^T + s_i (x A_i^T) B_i^T for each member i], side by side; for inference.
+
+    Args:
+        x: (tokens, in_features).
+        members: of any format, with or without adapter.
+        overlap: the launch may start while the kernel before it runs (`small_linears`).
+
+    Returns:
+        (tokens, sum of out_features) in x's dtype.
+    """
+    if not why_not_together(x, members):
+        from loftq.ops.triton.linear import small_linears
+
+        return small_linears(x, members, overlap=overlap)
+    return torch.cat([_linear(x, member) for member in members], -1)
+
+
+def why_not_together(x: Tensor, members: Sequence[Member]) -> str:
+    """Reason that these products take a launch each, or ""."""
+    first = members[0]
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}, where a launch costs nothing"
+    if len(members) > MOST_MEMBERS:
+        return f"{len(members)} weights, the kernel holds {MOST_MEMBERS}"
+    for member in members:
+        if why := why_no_small_linear(x, member.packed, *member.layout[:2]):
+            return why
+        if member.layout != first.layout or (member.zero is None) != (first.zero is None):
+            return f"formats differ: {member.layout[:3]} beside {first.layout[:3]}"
+        if member.rank != first.rank or _dtypes(member) != _dtypes(first):
+            return f"adapters differ: rank {member.rank} beside {first.rank}, or their dtypes"
+    return ""
+
+
+def _linear(x: Tensor, m: Member) -> Tensor:
+    stored = (m.packed, m.scale, m.zero, m.nested)
+    if m.lora_A is None or m.lora_B is None:
+        return quant_linear(x, *stored, *m.layout, True)
+    return quant_linear_lora(x, *stored, *m.layout, m.lora_A, m.lora_B, m.scaling)
+
+
+def _dtypes(member: Member) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in (member.lora_A, member.lora_B))

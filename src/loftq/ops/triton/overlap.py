@@ -1,0 +1,14 @@
+"""A launch that starts while the kernel before it ends (programmatic dependent launch).
+
+Every kernel that may overlap waits (`gdc_wait`) before it reads or writes what another one wrote
+or reads: then a kernel that is over has seen all those before it end, however many overlap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def options(overlap: bool) -> dict[str, Any]:
+    """Keywords of a launch: the kernel's OVERLAP, and Triton's own where it is on."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
