@@ -26,7 +26,7 @@ def norm_of(module: nn.Module) -> tuple[float, float] | None:
     weights = dict(module.named_parameters())
     if list(weights) != ["weight"] or weights["weight"].dim() != 1:
         return None
-    offset = _norm_offset(type(module))
+    offset = _norm_offset(type(module))  # type: ignore[arg-type]
     eps = [getattr(module, name) for name in EPS_NAMES if hasattr(module, name)]
     if offset is None or len(eps) != 1 or not isinstance(eps[0], float):
         return None
@@ -38,7 +38,7 @@ def _norm_offset(kind: type[nn.Module]) -> float | None:
     with torch.device("cpu"):
         try:
             norm = kind(8, eps=TRIAL_EPS)
-            norm.weight.data.copy_(torch.linspace(-1, 2, 8))  # type: ignore[union-attr,operator]
+            norm.weight.data.copy_(torch.linspace(-1, 2, 8))  # type: ignore[operator]
             x = _numbers(3, 8)
             found = norm(x)
         except Exception:  # a foreign class that wants something else
@@ -52,7 +52,9 @@ def _norm_offset(kind: type[nn.Module]) -> float | None:
 def activation_of(module: nn.Module) -> str | None:
     """Name of the activation of an MLP that computes down(act(gate(x)) * up(x)); else None."""
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    if not all(isinstance(getattr(module, part, None), (nn.Module, FunctionType)) for part in parts):
+    if not all(
+        isinstance(getattr(module, part, None), (nn.Module, FunctionType)) for part in parts
+    ):
         return None
     act: Any = module.act_fn
     x = torch.linspace(-5, 5, 41, device="cpu")
@@ -68,7 +70,7 @@ def _is_gated(kind: type[nn.Module], act: Any) -> bool:
     trial.act_fn = act
     gate, up, down = _numbers(6, 4), _numbers(6, 4).cos(), _numbers(4, 6).sin()
     for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-        layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight)
         setattr(trial, name, layer)
     x = _numbers(3, 4)

@@ -10,14 +10,14 @@ forward steps aside, call by call, for the stock one whenever it would not compu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loftq.integrations.inference import why_not_folded
+from loftq.integrations.inference import undo_inference, why_not_folded
 from loftq.integrations.pattern import activation_of, norm_of, rotary_forward
 from loftq.nn import QuantLinear
 from loftq.nn.group import Adapted, project
@@ -64,33 +64,25 @@ def fuse_for_training(model: nn.Module) -> TrainingPlan:
         model: a PEFT model on a packed backbone.
     """
     undo_training(model)
+    undo_inference(model)
     paths = {module: path for path, module in model.named_modules()}
-    left = {}
-    members: dict[nn.Module, tuple[nn.Module, ...]] = {}
-    for module, path in paths.items():
-        if isinstance(getattr(module, "base_layer", None), QuantLinear):
-            if why := why_not_trained(module):
-                left[path] = why
-            else:
-                members[module] = (module,)
-    for module in paths:
-        shared = tuple(getattr(module, name, None) for name in SHARED_INPUT)
-        if all(one in members for one in shared):
-            members.update(dict.fromkeys(shared, shared))
-    groups = dict.fromkeys(members.values())
+    adapted = [m for m in paths if isinstance(getattr(m, "base_layer", None), QuantLinear)]
+    left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
+    groups = _groups(paths, [m for m in adapted if paths[m] not in left])
     for layers in groups:
         handed = _Handed()
         for index, layer in enumerate(layers):
-            layer.forward = _Layer(layer, layers, index, handed)
-    counts = [sum(bind(module) for module in paths) for bind in (_bind_norm, _bind_rotary)]
-    gates = [module for module in paths if _bind_gate(module)]
-    named = {(m.gate_proj, m.up_proj) for m in gates}
-    pairs = {one: pair for pair in named if all(p in members for p in pair) for one in pair}
-    shown = dict.fromkeys(pairs.get(layers[0], layers) for layers in groups)
+            _bind(layer, _Layer(layer, layers, index, handed))
+    free = [module for module in paths if "forward" not in module.__dict__]
+    norms, rotary = (sum(map(bind, free)) for bind in (_bind_norm, _bind_rotary))
+    gates = [module for module in free if _bind_gate(module)]
     return TrainingPlan(
-        grouped=tuple(tuple(paths[layer] for layer in layers) for layers in shown),
-        norms=counts[0], rotary=counts[1], gates=len(gates), left=left,
-    )  # fmt: skip
+        grouped=tuple(tuple(map(paths.__getitem__, g)) for g in _with_gates(groups, gates)),
+        norms=norms,
+        rotary=rotary,
+        gates=len(gates),
+        left=left,
+    )
 
 
 def undo_training(model: nn.Module) -> None:
@@ -105,7 +97,13 @@ def why_not_trained(module: Any) -> str:
     """Reason that this PEFT layer runs PEFT's forward in training, or ""."""
     if why := why_not_folded(module):
         return why
+    if _is_foreign(module) or _is_foreign(module.base_layer):
+        return "another library put a forward of its own in front of it"
     (name,) = (name for name in module.active_adapters if name in module.lora_A)
+    if torch.is_grad_enabled() and not all(
+        factors[name].weight.requires_grad for factors in (module.lora_A, module.lora_B)
+    ):
+        return "its adapter is not trained"
     dropout = module.lora_dropout[name]
     if not isinstance(dropout, nn.Identity) and dropout.p > 0:
         return "its adapter has dropout"
@@ -217,22 +215,51 @@ def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:
     return found
 
 
+def _groups(
+    modules: Iterable[nn.Module], adapted: Sequence[nn.Module]
+) -> list[tuple[nn.Module, ...]]:
+    """The adapted layers by who reads the same input, each once."""
+    found: dict[nn.Module, tuple[nn.Module, ...]] = {layer: (layer,) for layer in adapted}
+    for module in modules:
+        layers = [getattr(module, name, None) for name in SHARED_INPUT]
+        shared = tuple(layer for layer in layers if layer in found)
+        if len(shared) == len(SHARED_INPUT):
+            found.update(dict.fromkeys(shared, shared))
+    return list(dict.fromkeys(found.values()))
+
+
+def _with_gates(
+    groups: Sequence[tuple[nn.Module, ...]], gates: Iterable[Any]
+) -> list[tuple[nn.Module, ...]]:
+    """The groups as they are computed: an MLP joins the two that its gate multiplies."""
+    single = {layers[0] for layers in groups if len(layers) == 1}
+    pairs = [(mlp.gate_proj, mlp.up_proj) for mlp in gates]
+    joined = {one: pair for pair in pairs if single.issuperset(pair) for one in pair}
+    return list(dict.fromkeys(joined.get(layers[0], layers) for layers in groups))
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    bound = module.__dict__.get("forward")
+    return bound is not None and not isinstance(bound, _Bound)
+
+
+def _bind(module: nn.Module, forward: _Bound) -> None:
+    module.forward = forward  # type: ignore[assignment]
+
+
 def _bind_norm(module: nn.Module) -> bool:
-    if (found := norm_of(module)) is None:
-        return False
-    module.forward = _Norm(module, *found)  # type: ignore[method-assign]
-    return True
+    if found := norm_of(module):
+        _bind(module, _Norm(module, *found))
+    return found is not None
 
 
 def _bind_rotary(module: nn.Module) -> bool:
-    if (rotated := rotary_forward(type(module))) is None:
-        return False
-    module.forward = _Rotary(module, rotated)  # type: ignore[method-assign]
-    return True
+    if rotated := rotary_forward(type(module)):  # type: ignore[arg-type]
+        _bind(module, _Rotary(module, rotated))
+    return rotated is not None
 
 
 def _bind_gate(module: nn.Module) -> bool:
-    if (activation := activation_of(module)) is None:
-        return False
-    module.forward = _Gate(module, activation)  # type: ignore[method-assign]
-    return True
+    if activation := activation_of(module):
+        _bind(module, _Gate(module, activation))
+    return activation is not None

@@ -64,13 +64,13 @@ class _Down(torch.autograd.Function):
     """u = x [A_1; A_2; ...]^T, (tokens, sum of ranks)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, Bs: list[Tensor], *As: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, Bs: list[Tensor], *As: Tensor) -> Tensor:
         u = _rows(x) @ _stack(As, x.dtype).T
         ctx.save_for_backward(x, u, *As, *Bs)
         return u
 
     @staticmethod
-    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
         passed, ctx.passed = ctx.passed, None
         x, As, grad_x = passed.x, passed.As, passed.grad_x
         if grad_x is not None:
@@ -83,7 +83,7 @@ class _Up(torch.autograd.Function):
     """y_i = W_i x + b_i + s_i B_i u_i for every layer."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, u: Tensor, group: tuple[Adapted, ...], *Bs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.down, ctx.group, ctx.wants_x = u.grad_fn, group, x.requires_grad
@@ -92,7 +92,7 @@ class _Up(torch.autograd.Function):
         return tuple(_output(x, part, one) for part, one in zip(parts, group, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, u, *factors = ctx.down.saved_tensors
         As, Bs = factors[: len(ctx.group)], factors[len(ctx.group) :]
         ranks = [B.shape[1] for B in Bs]

@@ -40,9 +40,7 @@ def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 
 @torch.library.custom_op("loftq::rms_norm_backward", mutates_args=())
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float
-) -> Tensor:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """dL/dx of `rms_norm` from dL/dy and its inputs."""
     return _run("rms_norm_backward", x, whole_rows=True)(grad, x, weight, eps, offset)
 
@@ -86,9 +84,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @torch.library.custom_op("loftq::gate_backward", mutates_args=())
-def gate_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
+def gate_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """(dL/dgate, dL/dup) of `gate`."""
     return _run("gate_backward", gate)(grad, gate, up, activation)
 

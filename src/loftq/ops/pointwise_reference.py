@@ -29,7 +29,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> 
 def rms_norm_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float
 ) -> Tensor:
-    """dL/dx: with n = x / sqrt(mean x^2 + eps) and h = dL/dy (offset + w), (h - n mean(h n)) / rms."""
+    """(h - n mean(h n)) / r, with r = sqrt(mean x^2 + eps), n = x / r, h = dL/dy (offset + w)."""
     n, inverse = _normed(x, eps)
     h = grad.float() * (weight.float() + offset)
     return (inverse * (h - n * (h * n).mean(-1, keepdim=True))).to(x.dtype)

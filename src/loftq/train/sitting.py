@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from loftq.integrations.run_folder import RunFolder
+from loftq.integrations.training import fuse_for_training
 from loftq.train import resume
 from loftq.train.arguments import common_arguments, resolve_dtype
 from loftq.train.base import Base
@@ -40,6 +41,8 @@ class Sitting(ABC):
     steps: Steps = field(init=False)
     meter: PeakMeter = field(init=False, repr=False)
     dtype: str = field(init=False)
+    layer_note: str = field(init=False)
+    """Which modules the training layer computes, or "" without it."""
     recorder: Any = field(init=False, repr=False)
 
     @property
@@ -85,6 +88,9 @@ class Sitting(ABC):
         with undisturbed():
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
+            self.layer_note = ""
+            if self.config.fused and (plan := fuse_for_training(self.model)).grouped:
+                self.layer_note = str(plan)
             samples = self._samples_before()
             trainer = self._build()
             if self.place.is_main:
@@ -158,7 +164,11 @@ class Sitting(ABC):
     ) -> None:
         """What the listener hears before the first step; empty notes are left out."""
         problem = self.forecast.problem
-        notes = [*notes, f"memory cannot be predicted: {problem}" if problem else ""]
+        notes = [
+            *notes,
+            self.layer_note,
+            f"memory cannot be predicted: {problem}" if problem else "",
+        ]
         briefing = Briefing(
             base=base,
             config=self.config,

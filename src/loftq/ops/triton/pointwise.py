@@ -60,9 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return _norm(x, weight, None, eps, offset)
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float
-) -> Tensor:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """As `pointwise_reference.rms_norm_backward_reference`."""
     return _norm(x, weight, grad, eps, offset)
 
@@ -176,8 +174,6 @@ def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return _run_gate(gate, up, None, activation)[0]
 
 
-def gate_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
+def gate_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """As `pointwise_reference.gate_backward_reference`."""
     return _run_gate(gate, up, grad, activation)
