@@ -96,16 +96,17 @@ class _Up(torch.autograd.Function):
         x, u, *factors = ctx.down.saved_tensors
         As, Bs = factors[: len(ctx.group)], factors[len(ctx.group) :]
         ranks = [B.shape[1] for B in Bs]
-        grad_u, grad_x = torch.zeros_like(u), None
+        grad_u, grad_x = torch.empty_like(u), None
         grad_Bs: list[Tensor | None] = []
         parts = zip(grads, u.split(ranks, 1), grad_u.split(ranks, 1), Bs, ctx.group, strict=True)
         for grad, part, grad_part, B, one in parts:
             if grad is None:  # an output that nothing was computed from
+                grad_part.zero_()
                 grad_Bs.append(None)
                 continue
             rows = _rows(grad)
-            grad_part.copy_(rows @ _scaled(B, one.scaling, u.dtype))
-            grad_Bs.append((rows.T @ part).to(B.dtype).mul_(one.scaling))
+            torch.mm(rows, _scaled(B, one.scaling, u.dtype), out=grad_part)
+            grad_Bs.append(_scaled(rows.T @ part, one.scaling, B.dtype))
             if ctx.wants_x:
                 mine = _backward_of_weight(rows, one.layer)
                 grad_x = mine if grad_x is None else grad_x.add_(mine)
@@ -133,7 +134,7 @@ def _backward_of_weight(grad: Tensor, layer: QuantLinear) -> Tensor:
 
 
 def _scaled(B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s B in the dtype of the computation."""
+    """s B in another dtype."""
     return (B if scaling == 1 else B * scaling).to(dtype)
 
 
