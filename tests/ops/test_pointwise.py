@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +109,29 @@ def test_the_operators_pass_opcheck(device: str) -> None:
         (pointwise.gate, (x, x.detach().clone().requires_grad_(), "silu")),
     ):
         torch.library.opcheck(operator, args)
+
+
+def check_kernels() -> None:
+    """Everything above through the Triton kernels on the CPU, by the interpreter."""
+    from loftq.ops.triton import pointwise as kernels
+
+    pointwise.pointwise_kernels = lambda x, *, whole_rows=False: kernels
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        for shape in SHAPES[:3]:
+            test_norm(shape, 1.0, dtype, "cpu")
+            for name in ACTIVATIONS:
+                test_gate(shape, name, dtype, "cpu")
+        test_rotation(12, 1, dtype, "cpu")
+        test_rotation(128, 2, dtype, "cpu")
+
+
+def test_the_kernels_hold_to_the_same_interpreted() -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    code = "import test_pointwise as t; t.check_kernels(); print('same')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip().endswith("same"), done.stderr[-2000:]
