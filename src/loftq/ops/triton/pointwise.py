@@ -128,10 +128,10 @@ def _act(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]  # argume
         slope = p + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        t = 2 * tl.sigmoid(2 * inner) - 1  # tanh
-        value = 0.5 * x * (1 + t)
+        p = tl.sigmoid(2 * inner)  # (1 + tanh) / 2
+        value = x * p
         inner_slope = 0.7978845608028654 * (1 + 0.134145 * x * x)
-        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner_slope
+        slope = p + 2 * x * p * tl.sigmoid(-2 * inner) * inner_slope
     return value, slope
 
 
