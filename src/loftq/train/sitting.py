@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loftq.integrations.run_folder import RunFolder
-from loftq.integrations.training import fuse_for_training
+from loftq.integrations.training import fuse_for_training, undo_training
 from loftq.train import resume
 from loftq.train.arguments import common_arguments, resolve_dtype
 from loftq.train.base import Base
@@ -88,9 +88,7 @@ class Sitting(ABC):
         with undisturbed():
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
-            self.layer_note = ""
-            if self.config.fused and (plan := fuse_for_training(self.model)).grouped:
-                self.layer_note = str(plan)
+            self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
             if self.place.is_main:
@@ -99,6 +97,14 @@ class Sitting(ABC):
             if self.place.is_main:
                 self._finish(trainer, samples)
         self.place.wait()
+
+    def _fuse(self) -> str:
+        """Put the training layer in place and say so; a baseline without packed layers has none."""
+        plan = fuse_for_training(self.model)
+        if plan.grouped:
+            return str(plan)
+        undo_training(self.model)
+        return f"without the training layer; {plan}" if plan.left else ""
 
     @property
     def first_step(self) -> int:
