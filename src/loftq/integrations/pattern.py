@@ -126,7 +126,7 @@ class _Rotation:
         like = q.dtype == k.dtype == cos.dtype == sin.dtype and cos.shape[-1] == q.shape[-1]
         if not (plain and like and q.dim() == 4 and cos.dim() == 3):
             return self.stock(q, k, cos, sin, *args, **kwargs)
-        return pointwise.rotate(q, cos, sin), pointwise.rotate(k, cos, sin)
+        return pointwise.call_rotate(q, cos, sin, False), pointwise.call_rotate(k, cos, sin, False)
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -175,7 +175,7 @@ class _Norm(_Bound):
         weight: Any = self.module.weight
         if weight.requires_grad or weight.dtype != x.dtype or torch.compiler.is_compiling():
             return self.stock(x)
-        return pointwise.rms_norm(x, weight, self.eps, self.offset)
+        return pointwise.call_rms_norm(x, weight, self.eps, self.offset)
 
 
 class _Rotary(_Bound):
@@ -198,7 +198,7 @@ class _Gate(_Bound):
             return self.stock(x)
         pair = _to_train(x, mlp.gate_proj, mlp.up_proj)
         gate, up = project(autocast(x), pair) if pair else (mlp.gate_proj(x), mlp.up_proj(x))
-        return mlp.down_proj(pointwise.gate(gate, up, self.activation))
+        return mlp.down_proj(pointwise.call_gate(gate, up, self.activation))
 
 
 def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loftq.nn.linear import QuantLinear
 from loftq.ops import quant_linear
+from loftq.ops.direct import direct
 from loftq.ops.schema import quant_linear_backward
 
 
@@ -116,7 +117,7 @@ class _Up(torch.autograd.Function):
 
 def _output(x: Tensor, u: Tensor, one: Adapted) -> Tensor:
     layer = one.layer
-    y = quant_linear(
+    y = direct(quant_linear, x)(
         x, layer.weight_packed, layer.weight_scale, layer.weight_zero, layer.weight_nested,
         *layer.layout,
     )  # fmt: skip
@@ -127,7 +128,7 @@ def _output(x: Tensor, u: Tensor, one: Adapted) -> Tensor:
 
 
 def _backward_of_weight(grad: Tensor, layer: QuantLinear) -> Tensor:
-    return quant_linear_backward(
+    return direct(quant_linear_backward, grad)(
         grad, layer.weight_packed, layer.weight_scale, layer.weight_zero, layer.weight_nested,
         layer.in_features, *layer.layout,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loftq.ops import pointwise_reference as reference
+from loftq.ops.direct import differentiable, direct
 from loftq.ops.dispatch import pointwise_kernels
 
 
@@ -100,7 +101,8 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return rms_norm_backward(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
+    run = direct(rms_norm_backward, grad)
+    return run(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
 
 
 def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -109,7 +111,7 @@ def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rotation_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return rotate(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return direct(rotate, grad)(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
 def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,9 +120,12 @@ def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gate_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *gate_backward(grad, *ctx.saved_tensors, ctx.activation), None
+    return *direct(gate_backward, grad)(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-rms_norm.register_autograd(_norm_gradient, setup_context=_save_norm)
-rotate.register_autograd(_rotation_gradient, setup_context=_save_rotation)
-gate.register_autograd(_gate_gradient, setup_context=_save_gate)
+call_rms_norm = differentiable(rms_norm, _save_norm, _norm_gradient)
+"""`rms_norm`, without the dispatcher where nobody looks; all arguments by position."""
+call_rotate = differentiable(rotate, _save_rotation, _rotation_gradient)
+"""`rotate` likewise."""
+call_gate = differentiable(gate, _save_gate, _gate_gradient)
+"""`gate` likewise."""
