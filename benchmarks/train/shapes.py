@@ -64,6 +64,15 @@ def random_model(shape: str, described: Subject, *, device: str, dtype: torch.dt
     return model.requires_grad_(False)
 
 
+def dense_model(shape: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+    """The same model, not packed."""
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(SHAPES[shape]()).to(dtype)
+    model.to_empty(device=device)
+    _fill(model, device)
+    return model.requires_grad_(False)
+
+
 def with_adapter(model: nn.Module, described: Subject, rank: int) -> nn.Module:
     """A PEFT model around `model` with fresh adapters of one rank, float32."""
     targets = [w.info.module for w in described.weights if w.rank]

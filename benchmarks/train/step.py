@@ -23,7 +23,9 @@ class Trained:
     seconds: list[float] = field(default_factory=list)
 
 
-def train_steps(model: Any, settings: TrainingSettings, steps: int, *, device: str) -> Trained:
+def train_steps(
+    model: Any, settings: TrainingSettings, steps: int, *, device: str, fused: bool = True
+) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
 
     Args:
@@ -31,9 +33,10 @@ def train_steps(model: Any, settings: TrainingSettings, steps: int, *, device: s
         settings: batch size, length, dtype, checkpointing, loss.
         steps: how many.
         device: of the model.
+        fused: with the training layer (loftq.integrations.training).
     """
-    prepare_for_training(model, checkpointing=settings.checkpointing)
-    fused = settings.loss == "chunked"
+    prepare_for_training(model, checkpointing=settings.checkpointing, fused=fused)
+    chunked = settings.loss == "chunked"
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapter, lr=LEARNING_RATE, fused=True)
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +46,7 @@ def train_steps(model: Any, settings: TrainingSettings, steps: int, *, device: s
     found = Trained()
     for _ in range(steps):
         start = time.perf_counter()
-        loss = _loss(model, ids, settings, fused, device)
+        loss = _loss(model, ids, settings, chunked, device)
         loss.backward()
         nn.utils.clip_grad_norm_(adapter, 1.0)
         optimizer.step()
@@ -55,12 +58,12 @@ def train_steps(model: Any, settings: TrainingSettings, steps: int, *, device: s
 
 
 def _loss(
-    model: nn.Module, ids: Tensor, settings: TrainingSettings, fused: bool, device: str
+    model: nn.Module, ids: Tensor, settings: TrainingSettings, chunked: bool, device: str
 ) -> Tensor:
     dtype = DTYPES[settings.dtype]
     kind = torch.device(device).type
     with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-        if fused:
+        if chunked:
             out = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False)
             return -out.log_probs.sum() / (ids.numel() - len(ids))
         loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss

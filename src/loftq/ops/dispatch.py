@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
 """The same on a CPU (benchmarks/results/cpu.md), and for weights of at least LARGE_WEIGHT."""
 LARGE_WEIGHT = 1 << 22
 """Weights whose dense copy is fresh memory each time: its first touch costs more than decoding."""
+
+LONGEST_ROW = 16384
+"""Columns of a row that a norm holds in registers."""
 
 MOST_COLUMNS = 256
 """Columns that a sweep over columns holds in registers: a row of the longest group."""
@@ -96,6 +100,24 @@ def _why_no_columns(device: torch.device) -> str:
     from loftq.ops.triton.probe import columns_are_right
 
     return _trial(columns_are_right, device)
+
+
+def pointwise_kernels(x: Tensor, *, whole_rows: bool = False) -> ModuleType | None:
+    """The Triton kernels between products (ops/triton/pointwise.py) for x, else None."""
+    if why_no_pointwise_kernels(x, whole_rows=whole_rows):
+        return None
+    from loftq.ops.triton import pointwise
+
+    return pointwise
+
+
+def why_no_pointwise_kernels(x: Tensor, *, whole_rows: bool = False) -> str:
+    """Reason that norm (of whole rows), rotation or gate of x run in plain PyTorch; "" if not."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}, the kernels compute in float32"
+    if whole_rows and x.shape[-1] > LONGEST_ROW:
+        return f"rows of {x.shape[-1]} columns are too long, a norm holds {LONGEST_ROW}"
+    return why_no_triton(x.device)
 
 
 def dequantize_kernel(packed: Tensor, group_size: int) -> Callable[..., Tensor] | None:

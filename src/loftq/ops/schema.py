@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loftq.ops.columns import descend_columns_reference, round_columns_reference
+from loftq.ops.direct import direct
 from loftq.ops.dispatch import (
     dequantize_kernel,
     descend_columns_kernel,
@@ -113,7 +114,7 @@ def quant_linear(
         default_zero,
     )  # fmt: skip
     if panel_rows(*_shape(weight), packed.device) == packed.shape[0]:
-        return torch.nn.functional.linear(x, dequantize(*weight.arguments, x.dtype))
+        return torch.nn.functional.linear(x, direct(dequantize, x)(*weight.arguments, x.dtype))
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     rows, inputs = y.view(-1, packed.shape[0]), x.reshape(-1, x.shape[-1])
     for first, panel in panels(weight):
@@ -214,7 +215,7 @@ def quant_linear_backward(
         default_zero,
     )  # fmt: skip
     if panel_rows(*_shape(weight), packed.device) == packed.shape[0]:
-        return grad @ dequantize(*weight.arguments, grad.dtype)
+        return grad @ direct(dequantize, grad)(*weight.arguments, grad.dtype)
     rows = grad.reshape(-1, grad.shape[-1])
     total = rows.new_zeros((len(rows), in_features), dtype=torch.float32)
     for first, panel in panels(weight):

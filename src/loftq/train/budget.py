@@ -85,7 +85,12 @@ def fit_to(
         longest=None if inputs is None else longest_row(inputs),
         limit=context_limit(folder) if inputs is None else inputs.prepared.counts.max_length,
         fixed=fixed,
-        settings=TrainingSettings(dtype=dtype, optimizer=chosen.config.optimizer, device=device),
+        settings=TrainingSettings(
+            dtype=dtype,
+            optimizer=chosen.config.optimizer,
+            fused=chosen.config.fused,
+            device=device,
+        ),
     )
     return _with(chosen, found, {} if packed else found.options, sides, given), found
 

@@ -56,6 +56,9 @@ class TrainConfig:
     checkpointing: bool = True
     """Keep only the inputs of each block and compute the rest again: much less memory, a third
     more time."""
+    fused: bool = True
+    """Compute projections that share an input together, and norms, rotary embeddings and gates in
+    one kernel each, wherever that is the same as PEFT's and transformers' own."""
     host_embedding: bool = False
     """Keep the embedding table in host memory and fetch the rows of a batch: for a full GPU."""
     dtype: str = "auto"

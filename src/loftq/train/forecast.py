@@ -98,6 +98,7 @@ def forecast(
         accumulation=config.gradient_accumulation,
         dtype=dtype,
         checkpointing=config.checkpointing,
+        fused=config.fused,
         optimizer=config.optimizer,
         embedding_on_host=config.host_embedding,
         padded=False if packing else None,

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from loftq.integrations.training import fuse_for_training
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
+logger = logging.getLogger(__name__)
+
 
 def prepare_for_training(
-    model: PeftModel, *, checkpointing: bool = True, reentrant: bool = False
+    model: PeftModel,
+    *,
+    checkpointing: bool = True,
+    reentrant: bool = False,
+    fused: bool = True,
 ) -> PeftModel:
     """Freeze all but the adapter, switch checkpointing on, and score tokens without full logits.
 
@@ -25,6 +34,9 @@ def prepare_for_training(
         model: from `loftq.load(..., trainable=True)` or `loftq.quantize_model`.
         checkpointing: keep only the inputs of each block.
         reentrant: torch's older kind of checkpointing, which needs gradients at the embedding.
+        fused: compute projections that share an input together, and norms, rotary embeddings and
+            gates in one kernel each, wherever that is the same
+            (`loftq.integrations.training.fuse_for_training` returns which modules took which path).
 
     Returns:
         The same model, in training mode.
@@ -45,6 +57,8 @@ def prepare_for_training(
     if checkpointing and reentrant:
         base.enable_input_require_grads()
     add_fused_head(base)
+    if fused:
+        logger.info("%s", fuse_for_training(model))
     return model.train()
 
 

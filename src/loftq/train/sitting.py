@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from loftq.integrations.run_folder import RunFolder
+from loftq.integrations.training import fuse_for_training, undo_training
 from loftq.train import resume
 from loftq.train.arguments import common_arguments, resolve_dtype
 from loftq.train.base import Base
@@ -40,6 +41,8 @@ class Sitting(ABC):
     steps: Steps = field(init=False)
     meter: PeakMeter = field(init=False, repr=False)
     dtype: str = field(init=False)
+    layer_note: str = field(init=False)
+    """Which modules the training layer computes, or "" without it."""
     recorder: Any = field(init=False, repr=False)
 
     @property
@@ -85,6 +88,7 @@ class Sitting(ABC):
         with undisturbed():
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
+            self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
             if self.place.is_main:
@@ -93,6 +97,14 @@ class Sitting(ABC):
             if self.place.is_main:
                 self._finish(trainer, samples)
         self.place.wait()
+
+    def _fuse(self) -> str:
+        """Put the training layer in place and say so; a baseline without packed layers has none."""
+        plan = fuse_for_training(self.model)
+        if plan.grouped:
+            return str(plan)
+        undo_training(self.model)
+        return f"without the training layer; {plan}" if plan.left else ""
 
     @property
     def first_step(self) -> int:
@@ -158,7 +170,11 @@ class Sitting(ABC):
     ) -> None:
         """What the listener hears before the first step; empty notes are left out."""
         problem = self.forecast.problem
-        notes = [*notes, f"memory cannot be predicted: {problem}" if problem else ""]
+        notes = [
+            *notes,
+            self.layer_note,
+            f"memory cannot be predicted: {problem}" if problem else "",
+        ]
         briefing = Briefing(
             base=base,
             config=self.config,

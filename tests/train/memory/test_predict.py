@@ -23,7 +23,7 @@ from loftq.train.memory import (
 from loftq.train.memory.live import LiveBytes
 from loftq.train.memory.loss import HeadOfLoss, loss_bytes
 from loftq.train.memory.predict import DTYPES
-from loftq.train.memory.probe import dense_bytes
+from loftq.train.memory.probe import POINTWISE, dense_bytes, pointwise_scratch
 from loftq.train.prepare import prepare_for_training
 
 chunked = pytest.importorskip("trl.kernels.chunked_logprob")
@@ -51,7 +51,7 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    prepare_for_training(model, checkpointing=settings.checkpointing)
+    prepare_for_training(model, checkpointing=settings.checkpointing, fused=settings.fused)
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapter, fused=True)
@@ -65,6 +65,9 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
             args[1].shape[0], args[5], args[0].dtype, "cpu"
         ),
     }
+    for name in POINTWISE:
+        operator = getattr(torch.ops.loftq, name).default
+        scratch[operator] = lambda args, result: pointwise_scratch(args[0].numel(), "cpu")
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
     with LiveBytes(scratch) as live:
         live.ignore(*model.parameters(), *model.buffers())
@@ -84,6 +87,7 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
     [
         {"length": 64, "dtype": "fp32"},
         {"length": 512, "dtype": "bf16"},
+        {"length": 512, "dtype": "bf16", "fused": False},
         {"length": 512, "dtype": "fp32", "checkpointing": False},
     ],
 )

@@ -46,6 +46,8 @@ class TrainingSettings:
     """Keep the inputs of each block only."""
     optimizer: str = "adamw_torch_fused"
     """A key of STATE_BYTES."""
+    fused: bool = True
+    """With the training layer (loftq.integrations.training)."""
     loss: str = "chunked"
     """chunked (TRL's) or full (all logits at once)."""
     embedding_on_host: bool = False
@@ -141,6 +143,7 @@ def cost_of(subject: Subject, settings: TrainingSettings) -> BlockCost:
         dtype=DTYPES[settings.dtype],
         autocast=settings.dtype != "fp32",
         checkpointing=settings.checkpointing,
+        fused=settings.fused,
         padded=padded,
         device=settings.device,
     )

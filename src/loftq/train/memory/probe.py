@@ -6,8 +6,9 @@ computed or allocated. The difference of the two runs is what a block keeps for 
 peak above what was kept is what a block needs while it is computed again and differentiated. So
 each figure is what the code really does, for any architecture, and none is fitted.
 
-Not seen by operators and counted here: the attention kernel's own buffers (`_Flash`), and the dense
-copy of a packed weight inside its linear layer (`dense_bytes`).
+Not seen by operators and counted here: the attention kernel's own buffers (`_Flash`), the dense
+copy of a packed weight inside its linear layer (`dense_bytes`), and what plain PyTorch takes for
+the operators between products (`pointwise_scratch`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from loftq.integrations.builders import BUILDERS
 from loftq.integrations.structure import examine
+from loftq.integrations.training import fuse_for_training
 from loftq.nn import replace_layer
 from loftq.ops.panels import panel_rows
 from loftq.train.memory.live import LiveBytes
@@ -33,6 +35,9 @@ from loftq.train.memory.subject import Subject, UnknownModel
 
 REFERENCE_SCRATCH = 9
 """Bytes that the plain PyTorch dequantization takes for each weight besides its result."""
+POINTWISE_SCRATCH = 16
+"""Bytes that plain PyTorch takes for each element of a norm, rotation or gate beside the result."""
+POINTWISE = ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward")
 WALK = "loftq_walk"
 """Name of the attention that is walked through."""
 
@@ -61,6 +66,7 @@ class Step:
     dtype: torch.dtype
     autocast: bool
     checkpointing: bool
+    fused: bool
     padded: bool
     device: str
 
@@ -149,6 +155,8 @@ def _trained_model(subject: Subject, step: Step, blocks: int) -> nn.Module:
         again = (contextlib.nullcontext(), _KernelAttention(step.device))
         options = {"use_reentrant": False, "context_fn": lambda: again}
         model.gradient_checkpointing_enable(options)  # type: ignore[operator]
+    if step.fused:
+        fuse_for_training(wrapped)
     return wrapped.train()
 
 
@@ -179,6 +187,9 @@ def _counting(step: Step) -> Iterator[LiveBytes]:
             args[1].shape[0], args[5], args[0].dtype, step.device
         ),
     }
+    for name in POINTWISE:
+        operator = getattr(torch.ops.loftq, name).default
+        scratch[operator] = lambda args, result: pointwise_scratch(args[0].numel(), step.device)
     with LiveBytes(scratch) as live, _KernelAttention(step.device):
         yield live
 
@@ -193,6 +204,11 @@ def dense_bytes(rows: int, columns: int, dtype: torch.dtype, device: str) -> int
 def dequantize_scratch(weights: int, device: str) -> int:
     """Bytes that dequantizing takes besides its result: none in the GPU kernel."""
     return 0 if torch.device(device).type == "cuda" else REFERENCE_SCRATCH * weights
+
+
+def pointwise_scratch(elements: int, device: str) -> int:
+    """Bytes that an operator between products takes besides its result: none in the GPU kernel."""
+    return 0 if torch.device(device).type == "cuda" else POINTWISE_SCRATCH * elements
 
 
 def _autocast(step: Step) -> Any:

@@ -1,0 +1,160 @@
+"""Tokens a second of a training step: packed with PEFT's layers, with the training layer, bf16.
+
+    python benchmarks/train/step_speed.py --output speed.md --profile profile.txt
+
+Each row is a model of the same shape with random weights, the same float32 adapters and AdamW on
+all linear layers, checkpointing, autocast and the loss of `loftq train`, in one process. Times are
+medians over the steps after the warm-up; "peak" is torch.cuda.max_memory_allocated over them,
+weights included. One row that fails does not stop the others, and none starts after --seconds. On a
+CPU (--device cpu --shape tiny) the script only shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from shapes import dense_model, random_model, subject, with_adapter
+from step import train_steps
+
+from loftq.train.memory.predict import TrainingSettings
+from loftq.train.prepare import add_fused_head
+
+WARM_UP = 3
+TOP = 22
+"""Kernels that a profile shows."""
+HEAD = (
+    "| model | batch | path | ms a step | p20 | p80 | tokens/s | peak GB | loss, first to last |",
+    "| --- | --: | --- | --: | --: | --: | --: | --: | --- |",
+)
+
+
+def main() -> None:
+    """The table, and profiles where asked for."""
+    given = _options()
+    start = time.perf_counter()
+    lines = [_machine(given.device), "", *HEAD]
+    for bits in given.bits:
+        for path in given.paths:
+            if time.perf_counter() - start > given.seconds or (path == "bf16" and bits != 4):
+                continue
+            try:
+                lines += _rows(given, bits, path, start)
+            except Exception as error:
+                traceback.print_exc()
+                lines.append(f"| {bits} bits | {path}: {str(error).splitlines()[0][:120]} |")
+            _release()
+            given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n" + "\n".join(lines), flush=True)
+
+
+def _rows(given: argparse.Namespace, bits: int, path: str, start: float) -> list[str]:
+    described = subject(given.shape, rank=given.rank, bits=bits)
+    dtype = torch.bfloat16
+    torch.manual_seed(0)  # the same weights and adapters on every path of the same bits
+    if path == "bf16":
+        base = dense_model(given.shape, device=given.device, dtype=dtype)
+    else:
+        base = random_model(given.shape, described, device=given.device, dtype=dtype)
+    model = with_adapter(base, described, given.rank)
+    rows = []
+    for batch in given.batch:
+        if time.perf_counter() - start > given.seconds:
+            break
+        rows.append(_row(model, given, batch, path, bits))
+        print(rows[-1], flush=True)
+        if given.profile is not None and batch == given.batch[0]:
+            _profile(model, given, batch, path, bits)
+    return rows
+
+
+def _row(model: Any, given: argparse.Namespace, batch: int, path: str, bits: int) -> str:
+    settings = _settings(model, given, batch)
+    fused, cuda = path == "fused", given.device == "cuda"
+    warm = train_steps(model, settings, WARM_UP, device=given.device, fused=fused)
+    _release()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    done = train_steps(model, settings, given.steps, device=given.device, fused=fused)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+    low, *_, high = statistics.quantiles(done.seconds, n=5)
+    median = statistics.median(done.seconds)
+    name = "bf16 dense" if path == "bf16" else f"{bits} bits"
+    return (
+        f"| {name} | {batch} x {given.length} | {path} | {1e3 * median:.1f} | {1e3 * low:.1f} | "
+        f"{1e3 * high:.1f} | {settings.tokens / median:,.0f} | {peak:.2f} | "
+        f"{warm.losses[0]:.3f} to {done.losses[-1]:.3f} |"
+    )
+
+
+def _profile(model: Any, given: argparse.Namespace, batch: int, path: str, bits: int) -> None:
+    """Kernels of two steps by time, and how long the GPU idled."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = given.device == "cuda"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    settings = _settings(model, given, batch)
+    with profile(activities=activities) as found:
+        done = train_steps(model, settings, 2, device=given.device, fused=path == "fused")
+    kernels: dict[str, list[float]] = {}
+    for event in found.events():
+        spent = event.device_time if cuda else event.self_cpu_time_total
+        kernels.setdefault(event.name, []).append(spent / 1e3)
+    busy, wall = sum(map(sum, kernels.values())), 1e3 * sum(done.seconds)
+    with given.profile.open("a", encoding="utf-8") as file:
+        print(f"\n{bits} bits, {path}: {wall / 2:.1f} ms a step under the profiler, GPU busy "
+              f"{busy / 2:.1f} ms, idle {100 * (1 - busy / wall):.1f} %", file=file)  # fmt: skip
+        for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:TOP]:
+            print(f"{sum(times) / 2:9.2f} ms {len(times) // 2:6d} x  {name[:150]}", file=file)
+
+
+def _settings(model: Any, given: argparse.Namespace, batch: int) -> TrainingSettings:
+    settings = TrainingSettings(batch_size=batch, length=given.length, device=given.device)
+    fused = add_fused_head(model.get_base_model())
+    return settings if fused else replace(settings, loss="full")
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _machine(device: str) -> str:
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _options() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--profile", type=Path, help="file that gets a profile of each path")
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--shape", default="Llama-2-7B")
+    options.add_argument("--bits", type=int, nargs="*", default=[4])
+    options.add_argument("--paths", nargs="*", default=["fused", "plain", "bf16"])
+    options.add_argument("--batch", type=int, nargs="*", default=[2])
+    options.add_argument("--length", type=int, default=2048)
+    options.add_argument("--rank", type=int, default=64)
+    options.add_argument("--steps", type=int, default=10)
+    options.add_argument("--seconds", type=float, default=75, help="start no row after this")
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""A stock transformers + PEFT model on packed layers, made fast for training without new modules.
+
+Layers, norms, attentions and MLPs keep their class, their parameters and their names and get a
+`forward` of their own that computes the same in fewer passes: projections that share an input as a
+group (nn/group.py), norms, rotary embeddings and gated activations in one kernel each
+(ops/pointwise.py). What a class computes is found out by a trial of the class on a few numbers,
+never by its name, so that an architecture that departs from the pattern is left as it is. Each
+forward steps aside, call by call, for the stock one whenever it would not compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.integrations.inference import undo_inference, why_not_folded
+from loftq.integrations.pattern import activation_of, norm_of, rotary_forward
+from loftq.nn import QuantLinear
+from loftq.nn.group import Adapted, project
+from loftq.nn.packed import autocast
+from loftq.ops import pointwise
+
+SHARED_INPUT = ("q_proj", "k_proj", "v_proj")
+"""Names of siblings that read one input in every attention that has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Which modules take which path in training."""
+
+    grouped: tuple[tuple[str, ...], ...]
+    """Paths of adapted packed layers, those that are computed together side by side."""
+    norms: int
+    """Norms that run as one kernel."""
+    rotary: int
+    """Attentions whose rotary embedding does."""
+    gates: int
+    """MLPs whose gated activation does."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Paths of adapted packed layers that run PEFT's forward -> why."""
+
+    def __str__(self) -> str:
+        layers = sum(map(len, self.grouped))
+        lines = [
+            f"training layer: {layers} adapted layers in {len(self.grouped)} groups; one kernel "
+            f"for each of {self.norms} norms, {self.rotary} rotary embeddings, {self.gates} gates"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for path, why in self.left.items():
+            reasons.setdefault(why, []).append(path)
+        for why, paths in reasons.items():
+            lines.append(f"{len(paths)} layers run PEFT's forward ({why}): {paths[0]}, ...")
+        return "; ".join(lines)
+
+
+def fuse_for_training(model: nn.Module) -> TrainingPlan:
+    """Bind the fast forwards, in place; `undo_training` takes them away.
+
+    Args:
+        model: a PEFT model on a packed backbone.
+    """
+    undo_training(model)
+    undo_inference(model)
+    paths = {module: path for path, module in model.named_modules()}
+    adapted = [m for m in paths if isinstance(getattr(m, "base_layer", None), QuantLinear)]
+    left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
+    groups = _groups(paths, [m for m in adapted if paths[m] not in left])
+    for layers in groups:
+        handed = _Handed()
+        for index, layer in enumerate(layers):
+            _bind(layer, _Layer(layer, layers, index, handed))
+    free = [module for module in paths if "forward" not in module.__dict__]
+    norms, rotary = (sum(map(bind, free)) for bind in (_bind_norm, _bind_rotary))
+    gates = [module for module in free if _bind_gate(module)]
+    return TrainingPlan(
+        grouped=tuple(tuple(map(paths.__getitem__, g)) for g in _with_gates(groups, gates)),
+        norms=norms,
+        rotary=rotary,
+        gates=len(gates),
+        left=left,
+    )
+
+
+def undo_training(model: nn.Module) -> None:
+    """Give every module its stock forward back."""
+    for module in model.modules():
+        bound = module.__dict__.get("forward")
+        if isinstance(bound, _Bound):
+            del module.forward
+
+
+def why_not_trained(module: Any) -> str:
+    """Reason that this PEFT layer runs PEFT's forward in training, or ""."""
+    if why := why_not_folded(module):
+        return why
+    if _is_foreign(module) or _is_foreign(module.base_layer):
+        return "another library put a forward of its own in front of it"
+    (name,) = (name for name in module.active_adapters if name in module.lora_A)
+    if torch.is_grad_enabled() and not all(
+        factors[name].weight.requires_grad for factors in (module.lora_A, module.lora_B)
+    ):
+        return "its adapter is not trained"
+    dropout = module.lora_dropout[name]
+    if not isinstance(dropout, nn.Identity) and dropout.p > 0:
+        return "its adapter has dropout"
+    bias = module.base_layer.bias
+    if bias is not None and bias.requires_grad:
+        return "its bias is trained"
+    return ""
+
+
+class _Bound:
+    """A forward that was put in front of that of a module's class."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class computes."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class _Handed:
+    """Outputs that the first layer of a group computed for the others, until they ask."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def take(self, x: Tensor, index: int) -> Tensor | None:
+        """The output `index` for the very same x, once."""
+        if x is not self.x:
+            return None
+        y = self.outputs.pop(index, None)
+        if not self.outputs:
+            self.x = None
+        return y
+
+    def keep(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
+        """Wait for the others; what an earlier x left behind is dropped."""
+        self.x, self.outputs = (x, outputs) if outputs else (None, {})
+
+
+class _Layer(_Bound):
+    def __init__(
+        self, module: nn.Module, layers: Sequence[nn.Module], index: int, handed: _Handed
+    ) -> None:
+        super().__init__(module)
+        self.layers, self.index, self.handed = layers, index, handed
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return self.stock(x, *args, **kwargs)
+        if (y := self.handed.take(x, self.index)) is not None:
+            return y
+        asked = _to_train(x, *self.layers)
+        if not asked:
+            return self.stock(x)
+        outputs = dict(enumerate(project(autocast(x), asked)))
+        y = outputs.pop(self.index)
+        self.handed.keep(x, outputs)
+        return y
+
+
+class _Norm(_Bound):
+    def __init__(self, module: nn.Module, eps: float, offset: float) -> None:
+        super().__init__(module)
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Any = self.module.weight
+        if weight.requires_grad or weight.dtype != x.dtype or torch.compiler.is_compiling():
+            return self.stock(x)
+        return pointwise.call_rms_norm(x, weight, self.eps, self.offset)
+
+
+class _Rotary(_Bound):
+    def __init__(self, module: nn.Module, rotated: Any) -> None:
+        super().__init__(module)
+        self.rotated = rotated
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rotated(self.module, *args, **kwargs)
+
+
+class _Gate(_Bound):
+    def __init__(self, module: nn.Module, activation: str) -> None:
+        super().__init__(module)
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mlp: Any = self.module
+        if torch.compiler.is_compiling():
+            return self.stock(x)
+        pair = _to_train(x, mlp.gate_proj, mlp.up_proj)
+        gate, up = project(autocast(x), pair) if pair else (mlp.gate_proj(x), mlp.up_proj(x))
+        return mlp.down_proj(pointwise.call_gate(gate, up, self.activation))
+
+
+def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:
+    """The layers as a group to compute now; empty where PEFT's forward is to run."""
+    if torch.compiler.is_compiling() or not all(isinstance(one.forward, _Layer) for one in layers):
+        return []
+    if not (layers[0].training or torch.is_grad_enabled()) or any(map(why_not_trained, layers)):
+        return []
+    found = []
+    for layer in layers:
+        (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        found.append(Adapted(layer.base_layer, A, B, layer.scaling[name]))
+    return found
+
+
+def _groups(
+    modules: Iterable[nn.Module], adapted: Sequence[nn.Module]
+) -> list[tuple[nn.Module, ...]]:
+    """The adapted layers by who reads the same input, each once."""
+    found: dict[nn.Module, tuple[nn.Module, ...]] = {layer: (layer,) for layer in adapted}
+    for module in modules:
+        layers = [getattr(module, name, None) for name in SHARED_INPUT]
+        shared = tuple(layer for layer in layers if layer in found)
+        if len(shared) == len(SHARED_INPUT):
+            found.update(dict.fromkeys(shared, shared))
+    return list(dict.fromkeys(found.values()))
+
+
+def _with_gates(
+    groups: Sequence[tuple[nn.Module, ...]], gates: Iterable[Any]
+) -> list[tuple[nn.Module, ...]]:
+    """The groups as they are computed: an MLP joins the two that its gate multiplies."""
+    single = {layers[0] for layers in groups if len(layers) == 1}
+    pairs = [(mlp.gate_proj, mlp.up_proj) for mlp in gates]
+    joined = {one: pair for pair in pairs if single.issuperset(pair) for one in pair}
+    return list(dict.fromkeys(joined.get(layers[0], layers) for layers in groups))
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    bound = module.__dict__.get("forward")
+    return bound is not None and not isinstance(bound, _Bound)
+
+
+def _bind(module: nn.Module, forward: _Bound) -> None:
+    module.forward = forward  # type: ignore[assignment]
+
+
+def _bind_norm(module: nn.Module) -> bool:
+    if found := norm_of(module):
+        _bind(module, _Norm(module, *found))
+    return found is not None
+
+
+def _bind_rotary(module: nn.Module) -> bool:
+    if rotated := rotary_forward(type(module)):  # type: ignore[arg-type]
+        _bind(module, _Rotary(module, rotated))
+    return rotated is not None
+
+
+def _bind_gate(module: nn.Module) -> bool:
+    if activation := activation_of(module):
+        _bind(module, _Gate(module, activation))
+    return activation is not None
