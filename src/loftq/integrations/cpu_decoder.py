@@ -98,9 +98,12 @@ class CpuDecoder(Decoder):
         return logits[None]
 
     def _room(self, like: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (blocks, kv_heads, max_length, head_size), those of before if they fit."""
+        """Keys and values, (blocks, kv_heads, max_length, head_size) each; reused if they fit."""
         _, heads, _, size = like.shape
         shape = (blocks, heads, self.max_length, size)
-        if self._cache is None or (self._cache[0].shape, self._cache[0].dtype) != (shape, like.dtype):
+        if self._cache is None or (self._cache[0].shape, self._cache[0].dtype) != (
+            shape,
+            like.dtype,
+        ):
             self._cache = like.new_empty(shape), like.new_empty(shape)
         return self._cache

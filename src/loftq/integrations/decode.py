@@ -76,6 +76,7 @@ class Decoder(ABC):
             chosen.append(token if done is None else torch.where(done, chosen[-1], token))
         return torch.cat([tokens.to(chosen[0].device), torch.stack(chosen, 1)], 1)
 
+
 class GraphDecoder(Decoder):
     """Greedy decoding of one batch of equally long prompts.
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from loftq.integrations.guard import is_guard
 from loftq.integrations.inference import why_not_folded
 from loftq.nn import QuantLinear
 from loftq.ops.cpu.decoder import BlockTensors, Linear, ModelTensors
@@ -26,7 +27,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class NotReadable(ValueError):
+class NotReadable(RuntimeError):
     """The model computes something that the library's step does not; the message says what."""
 
 
@@ -60,8 +61,11 @@ def read_model(model: Any, capacity: int) -> ModelTensors:
     )
 
 
-def _check_family(base: nn.Module, capacity: int) -> None:
+def _check_family(base: Any, capacity: int) -> None:
     name, config = type(base).__name__, base.config
+    devices = {parameter.device.type for parameter in base.parameters()}
+    if devices != {"cpu"}:
+        raise NotReadable(f"it lies on {', '.join(sorted(devices))}, not on the CPU")
     if name not in FAMILIES or type(base) is not getattr(transformers, name):
         raise NotReadable(f"{name} is none of transformers' {', '.join(FAMILIES)}")
     if config.hidden_act not in ("silu", "swish"):
@@ -76,7 +80,8 @@ def _check_family(base: nn.Module, capacity: int) -> None:
     if shortest < capacity:
         raise NotReadable(f"its attention slides over {shortest} tokens, {capacity} are wanted")
     for path, module in base.model.layers.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(is_guard(hook) for hook in hooks):
             raise NotReadable(f"layers.{path} has hooks, which would not run")
 
 
@@ -97,7 +102,7 @@ def _linear(name: str, module: Any) -> Linear:
     """One layer: packed or dense, bare or with one plain LoRA adapter."""
     adapter = None
     if hasattr(module, "base_layer"):
-        if why := _why_no_adapter(module):
+        if why := why_not_folded(module):
             raise NotReadable(f"{name}: {why}")
         (active,) = (key for key in module.active_adapters if key in module.lora_A)
         A, B = module.lora_A[active].weight, module.lora_B[active].weight
@@ -115,10 +120,6 @@ def _linear(name: str, module: Any) -> Linear:
     )
 
 
-def _why_no_adapter(module: Any) -> str:
-    return why_not_folded(module)
-
-
 def _stored(name: str, module: nn.Module) -> tuple[list[Tensor | None], tuple | None]:
     """Packed parts with their layout, or the dense weight with None."""
     if type(module) is nn.Linear:
@@ -132,7 +133,9 @@ def _stored(name: str, module: nn.Module) -> tuple[list[Tensor | None], tuple | 
     if bits not in BITS or group_size == PER_TENSOR or coding not in SCALES:
         raise NotReadable(f"{name}: {module.spec} is no format of the library")
     stored = (module.weight_packed, module.weight_scale, module.weight_zero, module.weight_nested)
-    parts = [None if part is None else part.detach().to(torch.uint8).contiguous() for part in stored]
+    parts = [
+        None if part is None else part.detach().to(torch.uint8).contiguous() for part in stored
+    ]
     return parts, (bits, group_size, coding, tuple(levels), default_zero)
 
 

@@ -127,7 +127,7 @@ class TokenStep:
         self._rows = self._decoder.head.weight.rows
 
     def __call__(self, embedding: Tensor, position: int) -> Tensor:
-        """Logits (vocabulary) float32 after the token at `position` (from 0); fills the cache there.
+        """Logits (vocabulary) float32 after the token at `position`, from 0; the cache grows by it.
 
         Args:
             embedding: (hidden) of the token, any float dtype.
