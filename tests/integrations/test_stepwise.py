@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import zoo
+from loftq.integrations.cpu_decoder import CpuDecoder
 from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.generate import Sampling, answer
 from loftq.integrations.stepwise import ROOM, decoder_for, why_not_stepwise
+from loftq.ops.cpu.library import ISA
 from spoken import word_tokenizer
 
 PROMPT = [6, 7, 8]
@@ -22,6 +24,8 @@ def model() -> nn.Module:
     return found
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("kind", [GraphDecoder, CpuDecoder])
 @pytest.mark.parametrize(
     "options",
     [
@@ -32,10 +36,10 @@ def model() -> nn.Module:
     ],
     ids=["greedy", "penalised", "drawn", "all"],
 )
-def test_the_text_is_that_of_generate(model: Any, options: dict[str, Any]) -> None:
+def test_the_text_is_that_of_generate(model: Any, options: dict[str, Any], kind: Any) -> None:
     sampling = Sampling(max_new_tokens=10, **options)
     wanted = answer(model, word_tokenizer(), PROMPT, sampling)
-    decoder = GraphDecoder(model, max_length=16)
+    decoder = kind(model, max_length=16)
     for _ in range(2):  # the second from a used cache
         found = answer(model, word_tokenizer(), PROMPT, sampling, decoder=decoder)
         assert (found.text, found.tokens, found.ended) == (wanted.text, wanted.tokens, wanted.ended)
@@ -52,6 +56,7 @@ def test_it_stops_where_generate_does(model: Any) -> None:
     assert found.tokens == wanted.tokens == output.index(output[3]) + 1
 
 
+@pytest.mark.usefixtures("library")
 def test_a_decoder_serves_as_long_as_it_has_room(model: Any) -> None:
     first = decoder_for(model, 20)
     assert first.max_length == ROOM
@@ -60,8 +65,9 @@ def test_a_decoder_serves_as_long_as_it_has_room(model: Any) -> None:
     assert decoder_for(model, 20, limit=64).max_length == 64
 
 
-def test_what_speaks_against_it_is_said(model: Any) -> None:
-    assert "CUDA" in why_not_stepwise(model)
+def test_what_speaks_against_it_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA, "none")
+    assert "plain PyTorch" in why_not_stepwise(model)
     scattered = zoo.build("llama")
     scattered.lm_head.to("meta")
     assert "several devices" in why_not_stepwise(scattered)

@@ -11,7 +11,7 @@ import torch
 
 from loftq.chat.conversation import Conversation
 from loftq.integrations.causal import CausalModel, open_causal
-from loftq.integrations.decode import GraphDecoder
+from loftq.integrations.decode import Decoder
 from loftq.integrations.generate import Answer, Sampling, answer
 from loftq.integrations.stepwise import decoder_for, why_not_stepwise
 from loftq.nn import packed_layers
@@ -65,9 +65,9 @@ class Session:
         self.sampling = sampling or Sampling()
         self.conversation = Conversation(opened.tokenizer, context=opened.context, system=system)
         self._answers = 0
-        self._decoder: GraphDecoder | None = None
+        self._decoder: Decoder | None = None
         self.why_not_stepwise = why_not_stepwise(opened.model)
-        """Reason that transformers decodes token by token, or "" if steps are CUDA graphs."""
+        """Reason that transformers decodes token by token, or "" if a step is one graph or call."""
 
     def reply(
         self,
@@ -109,7 +109,7 @@ class Session:
         full = found.ended == "length" and room < wanted
         return Reply(answer=found, forgotten=prompt.forgotten, context_full=full)
 
-    def _decoder_for(self, tokens: int) -> GraphDecoder | None:
+    def _decoder_for(self, tokens: int) -> Decoder | None:
         if not self.why_not_stepwise:
             try:
                 self._decoder = decoder_for(
@@ -117,8 +117,10 @@ class Session:
                 )
             except RuntimeError as error:
                 self._decoder = None
-                self.why_not_stepwise = f"a step cannot be captured: {str(error).splitlines()[0]}"
-                warnings.warn(f"{self.why_not_stepwise}. Decoding without graphs.", stacklevel=3)
+                self.why_not_stepwise = f"no step as a whole: {str(error).splitlines()[0]}"
+                warnings.warn(
+                    f"{self.why_not_stepwise}. Decoding by transformers' generate.", stacklevel=3
+                )
         return self._decoder
 
     def reset(self) -> None:

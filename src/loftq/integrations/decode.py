@@ -7,6 +7,7 @@ is: adapters stay unmerged.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,67 @@ if TYPE_CHECKING:
     from loftq.integrations.fused_step import FusedStep
 
 
-class GraphDecoder:
+class Decoder(ABC):
+    """Takes a batch of sequences further, one token of each at a time."""
+
+    model: Any
+    batch: int
+    max_length: int
+    """Tokens that the cache holds, prompt included."""
+    length: int
+    """Tokens in the cache."""
+
+    @abstractmethod
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Start over with prompts (batch, length); logits (batch, vocab) of what follows them."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append tokens (batch,) or (batch, 1); logits (batch, vocab) of what follows."""
+
+    def check_prompt(self, tokens: Tensor) -> None:
+        """Raise unless a prompt of this shape leaves room for a token.
+
+        Raises:
+            ValueError: another batch, or no room for a new token.
+        """
+        if tokens.shape[0] != self.batch or not 0 < tokens.shape[1] < self.max_length:
+            raise ValueError(
+                f"prompts of shape {tuple(tokens.shape)}: expected ({self.batch}, 1 to "
+                f"{self.max_length - 1})."
+            )
+
+    def check_room(self) -> None:
+        """Raise unless a step can be taken.
+
+        Raises:
+            ValueError: the cache is full, or nothing was prefilled.
+        """
+        if not 0 < self.length < self.max_length:
+            raise ValueError(
+                f"{self.length} of {self.max_length} tokens are in the cache: prefill first, or "
+                "make a decoder with a larger max_length."
+            )
+
+    def generate(self, tokens: Tensor, *, max_new_tokens: int, stop: int | None = None) -> Tensor:
+        """Prompts (batch, length) and the likeliest continuation, (batch, length + new).
+
+        Args:
+            tokens: equally long prompts, without padding.
+            max_new_tokens: at most; the cache may hold fewer.
+            stop: token after which a sequence repeats itself; ends early when all have.
+        """
+        chosen = [self.prefill(tokens).argmax(-1)]
+        for _ in range(min(max_new_tokens, self.max_length - tokens.shape[1]) - 1):
+            done = None if stop is None else chosen[-1] == stop
+            if done is not None and bool(done.all()):
+                break
+            token = self.step(chosen[-1]).argmax(-1)
+            chosen.append(token if done is None else torch.where(done, chosen[-1], token))
+        return torch.cat([tokens.to(chosen[0].device), torch.stack(chosen, 1)], 1)
+
+
+class GraphDecoder(Decoder):
     """Greedy decoding of one batch of equally long prompts.
 
     Args:
@@ -72,11 +133,7 @@ class GraphDecoder:
         Raises:
             ValueError: another batch, or no room for a new token.
         """
-        if tokens.shape[0] != self.batch or not 0 < tokens.shape[1] < self.max_length:
-            raise ValueError(
-                f"prompts of shape {tuple(tokens.shape)}: expected ({self.batch}, 1 to "
-                f"{self.max_length - 1})."
-            )
+        self.check_prompt(tokens)
         self.capture()
         self._cache.reset()
         self.length = tokens.shape[1]
@@ -92,11 +149,7 @@ class GraphDecoder:
         Raises:
             ValueError: the cache is full, or nothing was prefilled.
         """
-        if not 0 < self.length < self.max_length:
-            raise ValueError(
-                f"{self.length} of {self.max_length} tokens are in the cache: prefill first, or "
-                "make a decoder with a larger max_length."
-            )
+        self.check_room()
         self.length += 1
         self._token.copy_(tokens.view(self.batch, 1))
         if self._graph is None:
@@ -104,23 +157,6 @@ class GraphDecoder:
         self._graph.replay()
         assert self._logits is not None
         return self._logits
-
-    def generate(self, tokens: Tensor, *, max_new_tokens: int, stop: int | None = None) -> Tensor:
-        """Prompts (batch, length) and the likeliest continuation, (batch, length + new).
-
-        Args:
-            tokens: equally long prompts, without padding.
-            max_new_tokens: at most; the cache may hold fewer.
-            stop: token after which a sequence repeats itself; ends early when all have.
-        """
-        chosen = [self.prefill(tokens).argmax(-1)]
-        for _ in range(min(max_new_tokens, self.max_length - tokens.shape[1]) - 1):
-            done = None if stop is None else chosen[-1] == stop
-            if done is not None and bool(done.all()):
-                break
-            token = self.step(chosen[-1]).argmax(-1)
-            chosen.append(token if done is None else torch.where(done, chosen[-1], token))
-        return torch.cat([tokens.to(self.device), torch.stack(chosen, 1)], 1)
 
     def _run(self) -> Tensor:
         if self._fused is not None and self._cache.is_initialized:

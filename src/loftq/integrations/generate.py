@@ -1,6 +1,6 @@
 """One answer of a causal language model, token by token: for chat, and for the samples of a run.
 
-transformers' `generate` does the work, or on a GPU a decoder of CUDA graphs (stepwise.py). Here are
+transformers' `generate` does the work, or a decoder of whole steps (stepwise.py). Here are
 the settings that decide a text, the tokens at which an answer ends, and the text so far, passed on
 as it grows.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation import BaseStreamer
 
-from loftq.integrations.decode import GraphDecoder
+from loftq.integrations.decode import Decoder
 from loftq.integrations.stepwise import continue_prompt
 
 ENDED = ("stop", "length", "interrupted")
@@ -81,7 +81,7 @@ def answer(
     prompt_ids: Sequence[int],
     sampling: Sampling | None = None,
     *,
-    decoder: GraphDecoder | None = None,
+    decoder: Decoder | None = None,
     on_text: Callable[[str], object] | None = None,
     interruptible: bool = False,
 ) -> Answer:

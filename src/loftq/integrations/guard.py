@@ -33,6 +33,11 @@ def guard_adapter(model: nn.Module) -> None:
     hook.handle = first.register_forward_pre_hook(hook)
 
 
+def is_guard(hook: object) -> bool:
+    """Whether a forward hook is the one of `guard_adapter`, which computes nothing."""
+    return isinstance(hook, _Hook)
+
+
 class _Hook:
     handle: Any = None
 

@@ -1,7 +1,7 @@
-"""An answer from a GraphDecoder: every token is one CUDA graph instead of a thousand launches.
+"""An answer step by step: every token is one CUDA graph, or on a CPU one call of the library.
 
-transformers' `generate` launches each kernel of each token from Python, which on a GPU takes many
-times as long as they run. The choice of a token is the same as there: its own logits processors, in
+transformers' `generate` runs each operator of each token from Python, which takes many times as
+long as they compute. The choice of a token is the same as there: its own logits processors, in
 its order, and its way to draw.
 """
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from loftq.integrations.decode import GraphDecoder
+from loftq.integrations.cpu_decoder import CpuDecoder, why_no_cpu_decoder
+from loftq.integrations.decode import Decoder, GraphDecoder
 from loftq.integrations.inference import prepare_for_inference
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def why_not_stepwise(model: Any) -> str:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         return "it lies on several devices"
-    if next(iter(devices)).type != "cuda":
+    kind = next(iter(devices)).type
+    if kind == "cpu":
+        return why_no_cpu_decoder(model)
+    if kind != "cuda":
         return "graphs of steps are a CUDA feature"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "_can_compile_fullgraph", False):
@@ -39,8 +43,8 @@ def why_not_stepwise(model: Any) -> str:
 
 
 def decoder_for(
-    model: Any, tokens: int, *, before: GraphDecoder | None = None, limit: int | None = None
-) -> GraphDecoder:
+    model: Any, tokens: int, *, before: Decoder | None = None, limit: int | None = None
+) -> Decoder:
     """A decoder with room for `tokens`, prompt and answer: the one from before if it has it.
 
     The adapters are folded into the packed layers (`prepare_for_inference`).
@@ -52,13 +56,15 @@ def decoder_for(
         limit: the most tokens that the model can hold; None = unknown.
 
     Raises:
-        RuntimeError: the step cannot be captured.
+        RuntimeError: the step cannot be captured, or the library cannot take it.
     """
     if before is not None and before.model is model and before.max_length >= tokens:
         return before
     rounded = -(-tokens // ROOM) * ROOM
     length = max(tokens, rounded if limit is None else min(rounded, limit))
     prepare_for_inference(model)
+    if next(model.parameters()).device.type == "cpu":
+        return CpuDecoder(model, max_length=length)
     decoder = GraphDecoder(model, max_length=length)
     decoder.capture()
     return decoder
@@ -66,7 +72,7 @@ def decoder_for(
 
 @torch.no_grad()
 def continue_prompt(
-    decoder: GraphDecoder,
+    decoder: Decoder,
     prompt: Tensor,
     sampling: Sampling,
     *,

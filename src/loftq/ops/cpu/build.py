@@ -24,11 +24,11 @@ FLAGS = (
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 UNITS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"api": (), "scalar": (), "avx2": AVX2, "avx512": AVX512},
-    "aarch64": {"api": (), "scalar": (), "neon": ()},
+    "x86_64": {"api": (), "decode": (), "scalar": (), "avx2": AVX2, "avx512": AVX512},
+    "aarch64": {"api": (), "decode": (), "scalar": (), "neon": ()},
 }
 """Machine -> source file -> its own flags: code of one instruction set stays in one file."""
-ANY: dict[str, tuple[str, ...]] = {"api": (), "scalar": ()}
+ANY: dict[str, tuple[str, ...]] = {"api": (), "decode": (), "scalar": ()}
 SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 COMPILERS = ("c++", "g++", "clang++")
 

@@ -13,7 +13,7 @@ import torch
 
 from loftq.ops.cpu.build import built_library
 
-ABI = 1
+ABI = 2
 ISAS = ("scalar", "neon", "avx2", "avx512")
 """Instruction sets by their number in the library, each better than those before."""
 ISA = "LOFTQ_CPU_ISA"
@@ -92,6 +92,7 @@ def load_library(path: Path) -> Library:
         pointer, pointer, number, pointer, ctypes.c_int64, number, pointer,
     )  # fmt: skip
     functions.loftq_dequantize.argtypes = (pointer, pointer, number, pointer)
+    functions.loftq_step.argtypes = (pointer, pointer, ctypes.c_int64, pointer, pointer)
     mask = functions.loftq_isas()
     return Library(path, functions, tuple(n for i, n in enumerate(ISAS) if mask >> i & 1))
 

@@ -61,7 +61,7 @@ def small_linear(
         for part in (packed, scale, zero, nested)
     ]
     layout = (bits, group_size, scale_coding, tuple(levels), default_zero)
-    adapter = _NO_ADAPTER if lora_A is None else _adapter(lora_A, lora_B, scaling)
+    adapter = NO_ADAPTER if lora_A is None else adapter_key(lora_A, lora_B, scaling)
     projection = make_projection(parts, x.shape[1], layout, adapter)
     run_projections(library, team, (projection,), x, y)
     return y
@@ -144,10 +144,10 @@ def _ready() -> tuple[Library, Team]:
     return library, current_team(library)
 
 
-_NO_ADAPTER = (None, None, 0, 0, 0.0)
+NO_ADAPTER = (None, None, 0, 0, 0.0)
 
 
-def _adapter(lora_A: Tensor, lora_B: Tensor | None, scaling: float) -> tuple:
+def adapter_key(lora_A: Tensor, lora_B: Tensor | None, scaling: float) -> tuple:
     assert lora_B is not None
     rank = lora_A.shape[0]
     return lora_A.data_ptr(), lora_B.data_ptr(), rank, DTYPES[lora_A.dtype], scaling

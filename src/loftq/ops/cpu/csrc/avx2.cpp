@@ -1,6 +1,7 @@
 #include "numbers.h"
 #include "isa_avx2.h"
 #include "product.h"
+#include "attend.h"
 #include "dequantize.h"
 
 const Kernels* avx2_kernels() { return &KERNELS; }

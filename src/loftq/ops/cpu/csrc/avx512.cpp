@@ -1,6 +1,7 @@
 #include "numbers.h"
 #include "isa_avx512.h"
 #include "product.h"
+#include "attend.h"
 #include "dequantize.h"
 
 const Kernels* avx512_kernels() { return &KERNELS; }

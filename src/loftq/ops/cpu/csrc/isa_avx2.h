@@ -15,6 +15,7 @@ struct Isa {
   using Words = __m256i;
 
   static Floats zero() { return _mm256_setzero_ps(); }
+  static Floats all(float a) { return _mm256_set1_ps(a); }
   static Floats load(const float* p) { return _mm256_loadu_ps(p); }
   static Floats load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

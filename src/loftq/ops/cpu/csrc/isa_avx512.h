@@ -16,6 +16,7 @@ struct Isa {
   using Words = __m512i;
 
   static Floats zero() { return _mm512_setzero_ps(); }
+  static Floats all(float a) { return _mm512_set1_ps(a); }
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
   static Floats load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -15,6 +15,7 @@ struct Isa {
   using Words = uint32x4_t;
 
   static Floats zero() { return vdupq_n_f32(0.0f); }
+  static Floats all(float a) { return vdupq_n_f32(a); }
   static Floats load(const float* p) { return vld1q_f32(p); }
   static Floats load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
   static Floats load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }

@@ -13,6 +13,7 @@ struct Isa {
   using Words = uint32_t;
 
   static Floats zero() { return 0.0; }
+  static Floats all(float a) { return a; }
   static Floats load(const float* p) { return *p; }
   static Floats load_bf16(const uint16_t* p) { return from_bf16(*p); }
   static Floats load_f16(const uint16_t* p) { return from_f16(*p); }

@@ -22,6 +22,13 @@ struct Output {
   int32_t dtype;
 };
 
+// Keys and values of one head, (capacity, head_size) each.
+struct Cache {
+  const void *keys, *values;
+  int64_t head_size;
+  int32_t dtype;
+};
+
 struct Kernels {
   int lanes;
   // Floats of scratch that one thread needs for rows of this projection.
@@ -33,6 +40,8 @@ struct Kernels {
   // out[t * stride] = scale * sum over j of row[j] * x[t * columns + j].
   void (*dot)(const void* row, int32_t dtype, const float* x, int64_t columns, int64_t tokens,
               float scale, float* out, int64_t stride);
+  // out (head_size) = sum over j of softmax(scaling q k_j) v_j for the `count` first keys and values.
+  void (*attend)(const float* q, const Cache&, int64_t count, float scaling, float* out, float* scratch);
   void (*dequantize)(const loftq_weight&, int64_t begin, int64_t end, int32_t dtype, void* y,
                      float* scratch);
 };

@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t NESTED_RUN = 256;  // scales that share one absmax
 constexpr int64_t PAD = 16;          // floats behind each row of scales: the widest vector
 
+constexpr int DENSE = 0;             // `bits` of a weight that is not packed
+
 // Codes in a 32-bit word of the first plane (3 bits are a 2-bit plane and a 1-bit plane).
 constexpr int codes_per_word(int bits) { return bits == 3 ? 16 : 32 / bits; }
 

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#define LOFTQ_ABI 1
+#define LOFTQ_ABI 2
 #define LOFTQ_API __attribute__((visibility("default")))
 
 extern "C" {
@@ -16,7 +16,8 @@ enum loftq_isa { LOFTQ_SCALAR = 0, LOFTQ_NEON = 1, LOFTQ_AVX2 = 2, LOFTQ_AVX512 
 enum loftq_dtype { LOFTQ_F32 = 0, LOFTQ_F16 = 1, LOFTQ_BF16 = 2 };
 enum loftq_scales { LOFTQ_SCALES_F32 = 0, LOFTQ_SCALES_F16 = 1, LOFTQ_SCALES_BF16 = 2, LOFTQ_SCALES_DQ = 3 };
 
-// One packed weight (rows x columns); `group` divides 2^31, 0 = one scale per row.
+// One packed weight (rows x columns); `group` divides 2^31, 0 = one scale per row. bits = 0: not packed,
+// `codes` are its numbers, aligned, of the loftq_dtype that stands in scale_coding; not to dequantize.
 struct loftq_weight {
   const uint8_t* codes;
   const uint8_t* scales;
@@ -59,10 +60,35 @@ LOFTQ_API int32_t loftq_abi(void);
 // Bit 1 << loftq_isa for each instruction set that this library holds and this CPU has.
 LOFTQ_API int32_t loftq_isas(void);
 
+// One block of a Llama: x += o attend(q, k, v of norm(x)); x += down (silu(gate) * up of norm(x)).
+struct loftq_block {
+  const float *attention_norm, *mlp_norm;  // (hidden)
+  const float *q_norm, *k_norm;            // (head_size) of every head before its rotation, or null
+  loftq_projection qkv[3], o, gate_up[2], down;
+  void *keys, *values;                     // (kv_heads, capacity, head_size) of the cache's dtype
+};
+
+// A language model of such blocks, its cache filled up to the position of a step.
+struct loftq_decoder {
+  const loftq_block* blocks;
+  int64_t count;
+  const float* norm;             // (hidden) before the head
+  loftq_projection head;
+  const float *cosine, *sine;    // (capacity, head_size) of the rotation
+  int64_t hidden, heads, kv_heads, head_size, capacity;
+  float epsilon, scaling;        // of the norms; of q k
+  int32_t cache_dtype;
+};
+
 // `count` projections of the same x (tokens x columns); y is (tokens x sum of rows), both of `dtype`.
 LOFTQ_API int32_t loftq_project(const loftq_team* team, const loftq_projection* projections, int32_t count,
                       const void* x, int64_t tokens, int32_t dtype, void* y);
 
 // y (rows x columns) of `dtype`: the weight itself, to the bit as ops/reference.py has it.
 LOFTQ_API int32_t loftq_dequantize(const loftq_team* team, const loftq_weight* weight, int32_t dtype, void* y);
+
+// One token: x (hidden) float32 is its embedding and is overwritten, `position` counts from 0 and lies
+// below the capacity; its keys and values are added to the cache. logits are (head rows) float32.
+LOFTQ_API int32_t loftq_step(const loftq_team* team, const loftq_decoder* decoder, int64_t position,
+                             float* x, float* logits);
 }

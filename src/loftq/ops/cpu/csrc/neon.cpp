@@ -1,6 +1,7 @@
 #include "numbers.h"
 #include "isa_neon.h"
 #include "product.h"
+#include "attend.h"
 #include "dequantize.h"
 
 const Kernels* neon_kernels() { return &KERNELS; }

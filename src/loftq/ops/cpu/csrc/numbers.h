@@ -46,6 +46,8 @@ inline uint16_t to_f16(float value) {
   return uint16_t(sign | ((rest - 0x38000000 + 0xFFF + ((rest >> 13) & 1)) >> 13));
 }
 
+constexpr int64_t bytes_of(int32_t dtype) { return dtype == LOFTQ_F32 ? 4 : 2; }
+
 // Number i behind any address: bytes read from a file may start at an odd place.
 inline float number(const void* from, int64_t i, int32_t dtype) {
   const char* at = static_cast<const char*>(from);

@@ -14,11 +14,24 @@
 
 namespace {
 
+// A row of B that vectors may be read from up to the next multiple of their width.
+struct AdapterRow {
+  const void* p;
+  int32_t dtype;
+};
+
+inline Isa::Floats load_any(const void* from, int64_t i, int32_t dtype) {
+  if (dtype == LOFTQ_F32) return Isa::load(static_cast<const float*>(from) + i);
+  const uint16_t* halves = static_cast<const uint16_t*>(from) + i;
+  return dtype == LOFTQ_F16 ? Isa::load_f16(halves) : Isa::load_bf16(halves);
+}
+
 template <int bits>
 struct Rows {
   const uint8_t *low[Isa::rows], *high[Isa::rows];            // all blocks but the last
   const uint8_t *last_low[Isa::rows], *last_high[Isa::rows];  // which may be a copy with a margin
-  const float *scale[Isa::rows], *shift[Isa::rows], *b[Isa::rows];
+  const float *scale[Isa::rows], *shift[Isa::rows];
+  AdapterRow b[Isa::rows];
   uint8_t copy[Isa::rows][Block<bits>::low + Block<bits>::high];
 };
 
@@ -118,7 +131,7 @@ void finish_tile(const loftq_projection& p, const Values<bits>& values, const ty
     for (int t = 0; t < T; ++t) {
       const float* down = low.t + (token + t) * low.stride;
       for (int64_t c = 0; c < p.adapter.rank; c += Isa::lanes) {
-        total[r][t] = Isa::fma(Isa::load(rows.b[r] + c), Isa::load(down + c), total[r][t]);
+        total[r][t] = Isa::fma(load_any(rows.b[r].p, c, rows.b[r].dtype), Isa::load(down + c), total[r][t]);
       }
       put_number(out.y, (token + t) * out.stride + row + r, out.dtype, Isa::sum(total[r][t]) + bias);
     }
@@ -144,17 +157,18 @@ void all_tokens(const loftq_projection& p, const Values<bits>& values, const typ
   }
 }
 
-// A row of B as float32 with zeros up to a whole vector, where it is not that already.
-inline const float* adapter_row(const loftq_adapter& a, int64_t row, float* scratch) {
-  if (a.dtype == LOFTQ_F32 && a.rank % Isa::lanes == 0) {
-    return static_cast<const float*>(a.b) + row * a.rank;
+// A row of B as it lies where it holds whole vectors, else in float32 with zeros behind it.
+inline AdapterRow adapter_row(const loftq_adapter& a, int64_t row, float* scratch) {
+  if (a.rank % Isa::lanes == 0) {
+    return {static_cast<const char*>(a.b) + row * a.rank * bytes_of(a.dtype), a.dtype};
   }
   for (int64_t i = 0; i < a.rank; ++i) scratch[i] = number(a.b, row * a.rank + i, a.dtype);
   for (int64_t i = a.rank; i < a.rank + PAD; ++i) scratch[i] = 0.0f;
-  return scratch;
+  return {scratch, LOFTQ_F32};
 }
 
 int64_t product_scratch(const loftq_projection& p) {
+  if (p.weight.bits == DENSE) return 0;
   return Isa::rows * (2 * (groups(p.weight) + PAD) + p.adapter.rank + PAD);
 }
 
@@ -181,7 +195,7 @@ void product(const loftq_projection& p, const Prepared& x, const Low& low, int64
       last_block<bits>(w, x.blocks, int(r), rows);
       row_scales(w, from, scale + r * each);
       if (has_zeros(w)) row_zeros(w, from, shift + r * each);
-      rows.b[r] = p.adapter.rank ? adapter_row(p.adapter, from, b + r * (p.adapter.rank + PAD)) : nullptr;
+      rows.b[r] = p.adapter.rank ? adapter_row(p.adapter, from, b + r * (p.adapter.rank + PAD)) : AdapterRow{};
     }
     if (has_zeros(w)) {
       all_tokens<bits, true>(p, values, pick, rows, x, low, row, count, out);
@@ -191,9 +205,47 @@ void product(const loftq_projection& p, const Prepared& x, const Low& low, int64
   }
 }
 
+inline void dot(const void* row, int32_t dtype, const float* x, int64_t columns, int64_t tokens,
+                float scale, float* out, int64_t stride) {
+  const int64_t whole = columns / Isa::lanes * Isa::lanes;
+  for (int64_t t = 0; t < tokens; ++t, x += columns) {
+    Isa::Floats even = Isa::zero(), odd = Isa::zero();
+    int64_t i = 0;
+    for (; i + 2 * Isa::lanes <= whole; i += 2 * Isa::lanes) {
+      even = Isa::fma(load_any(row, i, dtype), Isa::load(x + i), even);
+      odd = Isa::fma(load_any(row, i + Isa::lanes, dtype), Isa::load(x + i + Isa::lanes), odd);
+    }
+    if (i < whole) even = Isa::fma(load_any(row, i, dtype), Isa::load(x + i), even);
+    float total = Isa::sum(even) + Isa::sum(odd);
+    for (int64_t j = whole; j < columns; ++j) total += number(row, j, dtype) * x[j];
+    out[t * stride] = scale * total;
+  }
+}
+
+// Rows of a weight that is not packed: x as it is, one row after the other.
+inline void dense_product(const loftq_projection& p, const Prepared& x, const Low& low, int64_t begin,
+                          int64_t end, const Output& out) {
+  const loftq_weight& w = p.weight;
+  const loftq_adapter& a = p.adapter;
+  const int64_t bytes = w.columns * bytes_of(w.scale_coding);
+  for (int64_t row = begin; row < end; ++row) {
+    const float bias = p.bias ? number(p.bias, row, p.bias_dtype) : 0.0f;
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      float y = 0.0f, added = 0.0f;
+      dot(w.codes + row * bytes, w.scale_coding, x.x + t * w.columns, w.columns, 1, 1.0f, &y, 1);
+      if (a.rank) {
+        const char* b = static_cast<const char*>(a.b) + row * a.rank * bytes_of(a.dtype);
+        dot(b, a.dtype, low.t + t * low.stride, a.rank, 1, 1.0f, &added, 1);
+      }
+      put_number(out.y, t * out.stride + row, out.dtype, y + added + bias);
+    }
+  }
+}
+
 inline void product_any(const loftq_projection& p, const Prepared& x, const Low& low, int64_t begin,
                         int64_t end, const Output& out, float* scratch) {
   switch (p.weight.bits) {
+    case DENSE: return dense_product(p, x, low, begin, end, out);
     case 2: return product<2>(p, x, low, begin, end, out, scratch);
     case 3: return product<3>(p, x, low, begin, end, out, scratch);
     case 4: return product<4>(p, x, low, begin, end, out, scratch);
@@ -216,29 +268,6 @@ inline void prepare(const float* x, int64_t columns, int codes, int64_t blocks, 
       }
       sum[b * Isa::lanes + lane] = total;
     }
-  }
-}
-
-inline Isa::Floats load_any(const void* from, int64_t i, int32_t dtype) {
-  if (dtype == LOFTQ_F32) return Isa::load(static_cast<const float*>(from) + i);
-  const uint16_t* halves = static_cast<const uint16_t*>(from) + i;
-  return dtype == LOFTQ_F16 ? Isa::load_f16(halves) : Isa::load_bf16(halves);
-}
-
-inline void dot(const void* row, int32_t dtype, const float* x, int64_t columns, int64_t tokens,
-                float scale, float* out, int64_t stride) {
-  const int64_t whole = columns / Isa::lanes * Isa::lanes;
-  for (int64_t t = 0; t < tokens; ++t, x += columns) {
-    Isa::Floats even = Isa::zero(), odd = Isa::zero();
-    int64_t i = 0;
-    for (; i + 2 * Isa::lanes <= whole; i += 2 * Isa::lanes) {
-      even = Isa::fma(load_any(row, i, dtype), Isa::load(x + i), even);
-      odd = Isa::fma(load_any(row, i + Isa::lanes, dtype), Isa::load(x + i + Isa::lanes), odd);
-    }
-    if (i < whole) even = Isa::fma(load_any(row, i, dtype), Isa::load(x + i), even);
-    float total = Isa::sum(even) + Isa::sum(odd);
-    for (int64_t j = whole; j < columns; ++j) total += number(row, j, dtype) * x[j];
-    out[t * stride] = scale * total;
   }
 }
 

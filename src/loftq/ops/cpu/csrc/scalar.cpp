@@ -1,6 +1,7 @@
 #include "numbers.h"
 #include "isa_scalar.h"
 #include "product.h"
+#include "attend.h"
 #include "dequantize.h"
 
 const Kernels* scalar_kernels() { return &KERNELS; }
