@@ -89,7 +89,7 @@ def collect(
         ValueError: a layer that no token reached, or none with finite inputs; it is named.
     """
     pieces = zip(windows.ids.split(chunk), windows.mask.split(chunk), strict=True)
-    runs = [_Run(model, ids, mask) for ids, mask in pieces]
+    runs = [Run(model, ids, mask) for ids, mask in pieces]
     with ExitStack() as cleanup:
         # Once for all runs: the first that ends must not turn dropout on for the others.
         cleanup.callback(model.module.train, model.module.training)
@@ -98,7 +98,7 @@ def collect(
             cleanup.callback(run.abandon)
         for block in model.blocks:
             gate = model.module.get_submodule(block).register_forward_pre_hook(
-                lambda *_, block=block: _Run.arrive(block)
+                lambda *_, block=block: Run.arrive(block)
             )
             cleanup.callback(gate.remove)
         _move(model, layers, runs, kind, on_block, skip)
@@ -107,7 +107,7 @@ def collect(
 def _move(
     model: BlockModel,
     layers: Mapping[str, int],
-    runs: Sequence[_Run],
+    runs: Sequence[Run],
     kind: str,
     on_block: OnBlock,
     skip: Callable[[str], bool],
@@ -141,7 +141,7 @@ def _move(
         on_block(OUTSIDE, *outside.results())
 
 
-def _advance(runs: Sequence[_Run], *watches: _Watch) -> str | None:
+def _advance(runs: Sequence[Run], *watches: _Watch) -> str | None:
     """Let every run go on to the entrance of its next block; None when they ended."""
     reached = set()
     for run in runs:
@@ -153,7 +153,7 @@ def _advance(runs: Sequence[_Run], *watches: _Watch) -> str | None:
     return reached.pop()
 
 
-class _Run(threading.Thread):
+class Run(threading.Thread):
     """One forward that stops where `arrive` is called until `go_on` lets it."""
 
     def __init__(self, model: BlockModel, ids: Tensor, mask: Tensor) -> None:
@@ -162,7 +162,7 @@ class _Run(threading.Thread):
         # A new thread starts on the default stream of the first GPU: it goes on where this one is.
         cuda = model.device.type == "cuda"
         self._stream = torch.cuda.current_stream(model.device) if cuda else None
-        self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._go: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._reached: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
     def go_on(self) -> str | None:
@@ -186,11 +186,16 @@ class _Run(threading.Thread):
     def arrive(block: str) -> None:
         """Called by a run at the entrance of a block."""
         run = threading.current_thread()
-        if not isinstance(run, _Run):  # somebody else uses the model
-            return
-        run._reached.put(block)
-        if not run._go.get():
+        if isinstance(run, Run):  # else somebody else uses the model
+            run.wait(block)
+
+    def wait(self, block: str) -> object:
+        """Say that this run has come to a block; what it is told, once it may go on."""
+        self._reached.put(block)
+        told = self._go.get()
+        if not told:
             raise _Abandoned
+        return told
 
     def run(self) -> None:
         """The forward."""

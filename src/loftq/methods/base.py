@@ -14,6 +14,7 @@ from loftq.formats import QuantizedTensor
 from loftq.lowrank import LowRank
 from loftq.methods.parts import CORRECTIONS, METRICS, NEEDS, ROUNDINGS, SCHEDULES, TRANSFORMS, Parts
 from loftq.methods.problem import LayerProblem, input_notes
+from loftq.refine import REFINEMENTS
 from loftq.rounding import output_error, round_to_nearest
 from loftq.schedules import Alternation, frobenius
 
@@ -108,6 +109,8 @@ class Method:
     """Iterate that is stored: best or last."""
     solver: str = "chebyshev"
     """Low-rank solver (lowrank)."""
+    refinement: str = "none"
+    """What gradients do to the adapters afterwards: a row of refine.REFINEMENTS."""
     scale_fit: str | None = None
     """Fit the method prescribes; None = the format's default."""
     scale_coding: str | None = None
@@ -122,6 +125,7 @@ class Method:
             (self.rounding, ROUNDINGS),
             (self.schedule, SCHEDULES),
             (self.correction, CORRECTIONS),
+            (self.refinement, REFINEMENTS),
         ):
             assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
         wanted = (
@@ -136,6 +140,11 @@ class Method:
         """Whether Q is not W rounded by itself, so that it is worse without its adapter."""
         ahead = self.order == "correct-first" or self.schedule != "alternate"
         return self.iterations > 1 or (self.iterations == 1 and ahead)
+
+    @property
+    def refined(self) -> bool:
+        """Whether gradients work on the adapters, for which it needs text."""
+        return bool(REFINEMENTS[self.refinement].stages)
 
     @property
     def step_cost(self) -> float:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from loftq.formats import FITS, FormatSpec, parse_format
 from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
+from loftq.refine import Refinement, find_refinement
 from loftq.rounding import MOST_DAMPING
 
 CONFIG_VERSION = 1
@@ -32,7 +33,7 @@ class QuantizeConfig:
     """Every choice of `loftq quantize`; the command line's flags and key=value pairs."""
 
     method: str = "loftq"
-    """Row of the method table: loftq, qlora, fast, and the reproductions of `loftq lab methods`."""
+    """Row of the method table: loftq, qlora, fast, max, and the reproductions of `loftq lab methods`."""
     bits: float = 4
     """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does."""
     format: str | None = None
@@ -81,6 +82,11 @@ class QuantizeConfig:
     """Added to a Gram's diagonal, relative to its mean; None = the method's own."""
     design_rank: int | None = None
     """Rank of the correction that `projq` rounds for; None = that of the adapter."""
+    refine: str | None = None
+    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill or
+    block-distill, which need text; None = the method's own."""
+    refine_epochs: float | None = None
+    """Passes over the text in each stage of the refinement; None = its own, 0 = keep the start."""
     strict: bool = False
     """Raise instead of recording extra damping or calibration tokens that had to be left out."""
     engine: str | None = None
@@ -113,6 +119,8 @@ class QuantizeConfig:
                 f"damping={self.damping}: must lie between 0 and {MOST_DAMPING:g} times the mean "
                 "of the Gram's diagonal."
             )
+        if self.refine_epochs is not None and not 0 <= self.refine_epochs < math.inf:
+            return f"refine_epochs={self.refine_epochs}: must be 0 (keep the start) or more."
         if self.engine is not None and (self.format is not None or self.bits != 4):
             return (
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
@@ -144,6 +152,8 @@ class QuantizeConfig:
         ):
             if value is not None and value not in known:
                 return f"{key}={value!r} does not exist; choose one of {', '.join(known)}."
+        if self.refine is not None:
+            find_refinement(self.refine)
         self.resolved_method()
         self.default_format()
         for name in self.formats.values():
@@ -152,7 +162,8 @@ class QuantizeConfig:
 
     def resolved_method(self) -> Method:
         """The method with this configuration's own choices put in."""
-        return find_method(self.method).with_options(
+        method = find_method(self.method).with_options(
+            refinement=self.refine,
             iterations=self.iters,
             solver=self.solver,
             order=self.order,
@@ -160,6 +171,13 @@ class QuantizeConfig:
             metric_damping=self.damping,
             design_rank=self.design_rank,
         )
+        if method.refined and method.needs == "none":  # statistics come with the text, for records
+            return method.with_options(needs="diagonal")
+        return method
+
+    def refinement(self) -> Refinement:
+        """What gradients do to the adapters, with this configuration's own choices put in."""
+        return find_refinement(self.resolved_method().refinement).with_epochs(self.refine_epochs)
 
     def default_format(self) -> FormatSpec:
         """Format of a layer that nothing else assigns."""
