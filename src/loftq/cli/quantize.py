@@ -88,6 +88,7 @@ def quantize(
                 on_plan=begin,
                 on_batch=follow.on_batch,
                 on_block=follow.on_block,
+                on_refine=follow.on_refine,
                 **request.options,
             )
         except KeyboardInterrupt:

@@ -120,6 +120,7 @@ def provenance(result: RunResult, source_name: str) -> dict[str, Any]:
         "config": plan.config.to_dict(),
         "scaling": plan.config.scaling,
         "calibration": calibration_record(plan),
+        "refinement": [dict(stage) for stage in result.refinement] or None,
         "totals": totals(result),
         "backbone": result.backbone,
         "kept": [

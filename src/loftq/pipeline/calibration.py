@@ -12,6 +12,7 @@ import torch
 from loftq.calibration import InputStatistics
 from loftq.methods import METHODS, ProblemStatistics
 from loftq.pipeline.layout import LayerInfo
+from loftq.refine import Refinement
 
 FLOPS = {"cpu": 5e10, "cuda": 2e13}
 """Rough float32 arithmetic a second of two cores and of a large GPU; plans only."""
@@ -89,6 +90,16 @@ def calibration_cost(
         device_bytes=max(blocks.values()) + 2 * states,
         disk_bytes=sum(held.values()) // (2 if squares else 1),
     )
+
+
+def refinement_seconds(
+    calibration: Calibration, layers: Sequence[LayerInfo], refinement: Refinement, device: str
+) -> float:
+    """Estimate from shapes alone: a step costs three forwards, and each stage a few besides."""
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    passes = sum(3 * stage.epochs + 4 for stage in refinement.stages)
+    speed = FLOPS.get(device.split(":")[0], FLOPS["cuda"])
+    return 2.0 * weights * calibration.tokens * passes / speed
 
 
 def missing_data(method: str) -> str:

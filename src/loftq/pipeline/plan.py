@@ -25,6 +25,7 @@ from loftq.pipeline.calibration import (
     Calibration,
     CalibrationCost,
     calibration_cost,
+    refinement_seconds,
     missing_data,
 )
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
@@ -205,6 +206,14 @@ class Plan:
             return None
         infos = [layer.info for layer in self.layers if layer.rank]
         return calibration_cost(self.calibration, infos, self.device)
+
+    @property
+    def refinement_seconds(self) -> float:
+        """Rough time of the refinement on this device; 0 where there is none."""
+        if self.calibration is None:
+            return 0.0
+        infos = [layer.info for layer in self.layers if layer.rank]
+        return refinement_seconds(self.calibration, infos, self.config.refinement(), self.device)
 
     @property
     def working_bytes(self) -> int:

@@ -61,7 +61,7 @@ class Student(LoadedBlocks):
         """The adapter's factors inside a module, by path; of all modules for ""."""
         prefix = f"{path}." if path else ""
         named = self.module.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and n.startswith(prefix)}
+        return {n: p for n, p in named if ".lora_" in n and n.startswith(prefix)}
 
     def adapted(self, block: str) -> list[str]:
         """Layers of a block that have an adapter, in the order of its modules."""
