@@ -31,7 +31,7 @@ Format = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="loftq (default), qlora, or fast, which needs `quantize --data`; `loftq lab methods` "
+        help="loftq (default), qlora, or fast and max, which need `quantize --data`; `loftq lab methods` "
         "lists reproductions."
     ),
 ]

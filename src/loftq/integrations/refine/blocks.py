@@ -24,7 +24,16 @@ Call = Callable[[int], Tensor]
 
 
 def refine_blocks(stage: Stage, student: Student, sitting: Sitting) -> None:
-    """Carry out a stage of scope layer or block; what an earlier process finished is taken over."""
+    """Carry out a stage of scope layer or block; what an earlier process finished is taken over.
+
+    Raises:
+        ValueError: a model that enters its blocks several times, or too little text.
+    """
+    if student.reenters:
+        raise ValueError(
+            f"{type(student.module).__name__}: layers share their weights, so that no block comes "
+            "after all before it were refined. Refine the model as a whole: refine=distill."
+        )
     pieces, batches = pieces_of(sitting.windows.ids, sitting.windows.mask, stage.batch)
     masks = [mask.to(student.device) for _, mask in pieces]
     with Passage(sitting.open_original(), pieces) as original, Passage(student, pieces) as packed:

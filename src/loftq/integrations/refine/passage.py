@@ -27,18 +27,9 @@ class Passage:
     Args:
         model: its blocks are loaded where the forwards are.
         pieces: windows of one forward each.
-
-    Raises:
-        ValueError: a model that enters its blocks several times.
     """
 
     def __init__(self, model: LoadedBlocks, pieces: Sequence[Piece]) -> None:
-        if model.reenters:
-            raise ValueError(
-                f"{type(model.module).__name__}: layers share their weights, so that no block "
-                "comes after all before it were refined. Refine the model as a whole: "
-                "refine=distill."
-            )
         self.model, self.pieces = model, pieces
         self._runs = [_Waiting(model, ids, mask) for ids, mask in pieces]
         self.at: str | None = None
