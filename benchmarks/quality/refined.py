@@ -2,7 +2,7 @@
 
     python benchmarks/quality/refined.py MODEL_FOLDER --data wiki.test.raw.gz
         --calibrate c4_sample.jsonl.gz [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
-        [--rows fast:int2-g64-dq:64:block-distill fast:int2-g64-dq:64:distill:epochs=4:rate=2e-4 ...]
+        [--rows fast:int2-g64-dq:64:block-distill fast:int2-g64-dq:64:distill:epochs=4 ...]
         [--work FOLDER] [--device cuda] [--out rows.jsonl]
 
 A row is METHOD:FORMAT:RANK:REFINEMENT[:epochs=E/E][:rate=R/R][:batch=B/B][:error=KIND/KIND], with a

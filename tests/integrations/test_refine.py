@@ -1,4 +1,4 @@
-"""`max` and the other refined methods from a folder to a folder: what falls, resumes, is refused."""
+"""Refined methods from a folder to a folder: what falls, what resumes, what is refused."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def adapter(place: Path, output: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["max", "apiq-lw", "apiq-bw", "rilq"])
 @pytest.mark.parametrize("model", ["llama", "bert", "t5", "gpt2"])
-def test_held_out_losses_fall_and_the_folder_verifies(
-    model: str, method: str, place: Path
-) -> None:
+def test_held_out_losses_fall_and_the_folder_verifies(model: str, method: str, place: Path) -> None:
     record = quantize(place, "out", model=model, method=method)
     stages = record["refinement"]
     assert [stage["scope"] for stage in stages] == [

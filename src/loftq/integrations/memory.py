@@ -67,7 +67,7 @@ def quantize_model(
     if config.resolved_method().refined:
         raise ValueError(
             f"method={config.method}: a refinement reads the original weights from disk again. "
-            "Quantize the folder (loftq.quantize), or leave it out with refine=\"none\"."
+            'Quantize the folder (loftq.quantize), or leave it out with refine="none".'
         )
     layout = discover.describe_model(
         model,

@@ -33,7 +33,7 @@ class QuantizeConfig:
     """Every choice of `loftq quantize`; the command line's flags and key=value pairs."""
 
     method: str = "loftq"
-    """Row of the method table: loftq, qlora, fast, max, and the reproductions of `loftq lab methods`."""
+    """Row of the method table: loftq, qlora, fast, max, or one that `loftq lab methods` lists."""
     bits: float = 4
     """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does."""
     format: str | None = None

@@ -25,8 +25,8 @@ from loftq.pipeline.calibration import (
     Calibration,
     CalibrationCost,
     calibration_cost,
-    refinement_seconds,
     missing_data,
+    refinement_seconds,
 )
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout

@@ -20,6 +20,8 @@ WARM_UP = 0.05  # of all steps
 CLIP = 1.0
 BETAS = (0.9, 0.95)
 
+Batches = tuple[Sequence[int], Sequence[int]]
+"""Numbers of those to learn from, and of those held out."""
 Loss = Callable[[int], Tensor]
 """Number of a batch -> its loss, a scalar with a gradient."""
 
@@ -69,7 +71,7 @@ class Progress:
 def descend(
     parameters: Sequence[Tensor],
     loss: Loss,
-    batches: tuple[Sequence[int], Sequence[int]],
+    batches: Batches,
     how: Descent,
     *,
     state: Mapping[str, Any] | None = None,
@@ -115,7 +117,7 @@ class _Run:
         self,
         parameters: Sequence[Tensor],
         loss: Loss,
-        batches: tuple[Sequence[int], Sequence[int]],
+        batches: Batches,
         how: Descent,
     ) -> None:
         self.parameters, self.loss, self.how = list(parameters), loss, how
@@ -185,7 +187,11 @@ class _Run:
     def _share(self) -> float:
         """Of the largest rate, at this step: a warm-up, then a cosine to zero."""
         warm = max(1.0, WARM_UP * self.steps)
-        return min(1.0, (self.step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        return (
+            min(1.0, (self.step + 1) / warm)
+            * 0.5
+            * (1 + math.cos(math.pi * self.step / self.steps))
+        )
 
     def _batch(self) -> int:
         """Each pass takes all batches in an order of its own."""

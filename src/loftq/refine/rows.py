@@ -3,9 +3,9 @@
 Q stays as it is stored: only A and B move. With F a layer, a block or the whole model, x its input
 in the original model and x_hat its input behind everything that was refined before it,
 
-    layer, block    || F(x_hat; Q + s B A) - F(x; W) ||^2                    (ApiQ, arXiv:2402.05147)
+    layer, block    || F(x_hat; Q + s B A) - F(x; W) ||^2              (ApiQ, arXiv:2402.05147)
     model           hidden * || h_hat - h ||^2 / || h ||^2  +  kl * KL(p || p_hat)
-                    +  language * cross-entropy                              (RILQ, arXiv:2412.01129)
+                    +  language * cross-entropy                        (RILQ, arXiv:2412.01129)
 
 h is the last hidden state, p the original model's distribution of the next token.
 """

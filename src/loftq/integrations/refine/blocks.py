@@ -16,7 +16,7 @@ from torch import Tensor
 from loftq.integrations.refine.passage import Passage, first
 from loftq.integrations.refine.sitting import Sitting
 from loftq.integrations.refine.student import Student, pieces_of
-from loftq.refine import Stage, Trajectory
+from loftq.refine import Batches, Stage, Trajectory
 from loftq.refine.rows import ERRORS
 
 Call = Callable[[int], Tensor]
@@ -57,7 +57,7 @@ def _refine_unit(
     unit: str,
     passages: tuple[Passage, Passage],
     masks: list[Tensor],
-    batches: tuple[range, range],
+    batches: Batches,
     sitting: Sitting,
 ) -> Trajectory:
     original, packed = passages

@@ -20,7 +20,7 @@ from torch import Tensor
 from loftq.calibration import TokenWindows
 from loftq.checkpoint import Checkpoint
 from loftq.checkpoint.durable import publish, write_partial
-from loftq.integrations import artifact, discover
+from loftq.integrations import discover
 from loftq.integrations.blocks import CheckpointBlocks
 from loftq.integrations.peft import PENDING
 from loftq.integrations.refine.run import Listener, refine_adapter

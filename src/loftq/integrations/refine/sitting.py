@@ -17,7 +17,7 @@ from loftq.calibration import TokenWindows
 from loftq.checkpoint.durable import publish, write_partial
 from loftq.integrations.blocks import CheckpointBlocks
 from loftq.ops.precision import full_float32
-from loftq.refine import Descent, Progress, Stage, Trajectory, descend
+from loftq.refine import Batches, Descent, Progress, Stage, Trajectory, descend
 from loftq.refine.descent import Loss
 
 Listener = Callable[["Step"], object]
@@ -98,7 +98,7 @@ class Sitting:
         self,
         parameters: list[Tensor],
         loss: Loss,
-        batches: tuple[range, range],
+        batches: Batches,
         *,
         resumable: str | None = None,
     ) -> Trajectory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loftq.integrations.blocks import LoadedBlocks
+from loftq.refine import Batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,9 +94,7 @@ class Student(LoadedBlocks):
                 del block.forward
 
 
-def pieces_of(
-    ids: Tensor, mask: Tensor, batch: int
-) -> tuple[list[tuple[Tensor, Tensor]], tuple[Sequence[int], Sequence[int]]]:
+def pieces_of(ids: Tensor, mask: Tensor, batch: int) -> tuple[list[tuple[Tensor, Tensor]], Batches]:
     """Windows in pieces of one step each, and the numbers to learn from and to hold out.
 
     An eighth of the pieces, the last, is held out.
