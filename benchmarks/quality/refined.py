@@ -83,9 +83,13 @@ def refined(args: argparse.Namespace, row: str, source: Any) -> tuple[dict, dict
     windows = calibrate.read_windows(replace(config, refine="block"), layout, tokenizer, about)
     quantized = time.perf_counter()
 
+    told = [0.0]
+
     def tell(step: Step) -> None:
-        if step.share in (0.0, 1.0) and (step.scope == "model" or step.done % 10 == 0):
-            print(f"  {step.stage}/{step.stages} {step.done}/{step.units} {step.loss}", flush=True)
+        if (seconds := time.perf_counter() - quantized) - told[0] > 5:
+            told[0] = seconds
+            at = f"{step.scope} {step.done + step.share:.2f} of {step.units}"
+            print(f"  {seconds:.0f} s: {at}, loss {step.loss}", flush=True)
 
     with tempfile.TemporaryDirectory() as state:
         stages = refine_adapter(
@@ -167,7 +171,6 @@ def main() -> None:
     rows = []
     if args.out is not None and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-    print(f"reference {calibrated.scored(args, model, texts)}", flush=True)
     for row in args.rows:
         if row in {known["row"] for known in rows}:
             continue
@@ -176,15 +179,16 @@ def main() -> None:
             continue
         try:
             found = measure(args, model, row, source, texts)
+            starts = found.pop("starts")
+            print(json.dumps(found), flush=True)
             if ids is not None and args.seeds:
                 start = time.perf_counter()
                 after = {name: text for name, text in texts.items() if name != "valid"}
-                found["after"] = calibrated.tuned(args, model, found, after, ids)
+                found["after"] = calibrated.tuned(args, model, {**found, "starts": starts}, after, ids)
                 found["tune_s"] = time.perf_counter() - start
         except (RuntimeError, ValueError) as error:  # the other rows are worth having
             print(f"{row}: {type(error).__name__}: {error}", flush=True)
             continue
-        found.pop("starts", None)
         rows.append(found)
         print(json.dumps(found), flush=True)
         if args.out is not None:
