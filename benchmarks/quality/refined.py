@@ -133,11 +133,16 @@ def starts_of(model: Any, device: torch.device) -> dict[str, calibrated.Start]:
     return starts
 
 
-def measure(args: argparse.Namespace, model: nn.Module, row: str, source: Any, texts: dict) -> dict:
+def measure(
+    args: argparse.Namespace, model: nn.Module, row: str, source: Any, texts: dict, valid: Any
+) -> dict:
     """All numbers of a row but those after tuning, and its starts."""
     found, starts = refined(args, row, source)
     adapted = calibrated.replaced(model, starts)
-    return found | {"before": calibrated.scored(args, adapted, texts), "starts": starts}
+    known = {"before": calibrated.scored(args, adapted, texts), "starts": starts}
+    if valid is not None:
+        known |= {"valid": calibrated.scored(args, adapted, {"valid": valid})["valid"]}
+    return found | known
 
 
 def main() -> None:
@@ -164,8 +169,6 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = calibrated.read_texts(args, tokenizer)
     ids = None if args.tune is None else encode(tokenizer, read_text(args.tune))
-    if ids is not None:
-        texts["valid"] = ids
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
     rows = []
@@ -178,13 +181,14 @@ def main() -> None:
             print(f"{row}: no time left")
             continue
         try:
-            found = measure(args, model, row, source, texts)
+            found = measure(args, model, row, source, texts, ids)
             starts = found.pop("starts")
             print(json.dumps(found), flush=True)
             if ids is not None and args.seeds:
                 start = time.perf_counter()
-                after = {name: text for name, text in texts.items() if name != "valid"}
-                found["after"] = calibrated.tuned(args, model, {**found, "starts": starts}, after, ids)
+                found["after"] = calibrated.tuned(
+                    args, model, {**found, "starts": starts}, texts, ids
+                )
                 found["tune_s"] = time.perf_counter() - start
         except (RuntimeError, ValueError) as error:  # the other rows are worth having
             print(f"{row}: {type(error).__name__}: {error}", flush=True)
