@@ -79,6 +79,8 @@ class PlanReport:
     calibration: dict[str, Any] | None = None
     """Tokens and statistics of a method that needs text, and what taking them costs: seconds,
     device_bytes, disk_bytes."""
+    refinement_seconds: float = 0.0
+    """Rough time of gradients on the adapters; 0 where there are none."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -111,6 +113,7 @@ def describe_plan(plan: Plan) -> PlanReport:
         host_bytes=_host_bytes(plan),
         seconds=plan.seconds,
         calibration=_calibration(plan),
+        refinement_seconds=plan.refinement_seconds,
     )
 
 
