@@ -97,7 +97,9 @@ def test_any_method_can_be_refined(place: Path) -> None:
     record = quantize(place, "out", method="loftq", refine="distill")
     assert record["calibration"]["kind"] == "diagonal"
     assert len(record["refinement"]) == 1
-    with pytest.raises(ValueError, match=r"method=loftq: needs text to calibrate on"):
+    with pytest.raises(
+        ValueError, match=r"refine=distill: needs text to calibrate on"
+    ):
         quantize(place, "other", method="loftq", refine="distill", data=None)
 
 

@@ -102,11 +102,11 @@ def refinement_seconds(
     return 2.0 * weights * calibration.tokens * passes / speed
 
 
-def missing_data(method: str) -> str:
-    """What to say where a method needs text and there is none."""
+def missing_data(what: str) -> str:
+    """What to say where a method or refinement, key=value, needs text and there is none."""
     without = ", ".join(name for name, row in METHODS.items() if row.needs == "none")
     return (
-        f"method={method}: needs text to calibrate on. Give a file with --data (.txt, .raw or "
+        f"{what}: needs text to calibrate on. Give a file with --data (.txt, .raw or "
         f".jsonl, also .gz; not a test split). These do without: {without}."
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from loftq.allocation import assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.methods import find_method
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -391,7 +392,11 @@ def _unmet(
     config: QuantizeConfig, layout: ModelLayout, calibration: Calibration | None
 ) -> list[str]:
     """What a method that needs statistics lacks."""
-    problems = [] if calibration is not None else [missing_data(config.method)]
+    problems = []
+    if calibration is None:
+        refined = find_method(config.method).needs == "none"  # which alone would need no text
+        what = f"refine={config.refine}" if refined else f"method={config.method}"
+        problems.append(missing_data(what))
     embedded = [x.module for x in layout.layers if x.kind == "embedding" and x.adapted]
     if embedded:
         problems.append(
