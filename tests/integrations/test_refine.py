@@ -75,8 +75,8 @@ def test_held_out_losses_fall_and_the_folder_verifies(model: str, method: str, p
     assert loftq.load(place / "out") is not None
 
 
-def loftq_row(method: str) -> str:
-
+def row_of(method: str) -> str:
+    """Name of the refinement of a method."""
     return METHODS[method].refinement
 
 
