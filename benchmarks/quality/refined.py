@@ -3,7 +3,7 @@
     python benchmarks/quality/refined.py MODEL_FOLDER --data wiki.test.raw.gz
         --calibrate c4_sample.jsonl.gz [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
         [--rows fast:int2-g64-dq:64:block-distill fast:int2-g64-dq:64:distill:epochs=4 ...]
-        [--work FOLDER] [--device cuda] [--out rows.jsonl]
+        [--refine-text FILE --refine-windows N] [--work FOLDER] [--device cuda] [--out rows.jsonl]
 
 A row is METHOD:FORMAT:RANK:REFINEMENT[:epochs=E/E][:rate=R/R][:batch=B/B][:error=KIND/KIND], with a
 value per stage; `none` is the start itself. Rows of one METHOD:FORMAT:RANK refine the same packed
@@ -80,7 +80,12 @@ def refined(args: argparse.Namespace, row: str, source: Any) -> tuple[dict, dict
     record = json.loads((folder / "loftq.json").read_text())
     layout = discover.describe_folder(args.model, {k: e.shape for k, e in source.tensors.items()})
     tokenizer, about = AutoTokenizer.from_pretrained(args.model), discover.load_config(args.model)
-    windows = calibrate.read_windows(replace(config, refine="block"), layout, tokenizer, about)
+    text = {}
+    if args.refine_text is not None:
+        text = {"data": str(args.refine_text), "calibration_windows": args.refine_windows}
+    windows = calibrate.read_windows(
+        replace(config, refine="block", **text), layout, tokenizer, about
+    )
     quantized = time.perf_counter()
 
     told = [0.0]
@@ -159,6 +164,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--calibration-context", type=int, default=1024)
+    parser.add_argument("--refine-text", type=Path, help="text to refine on; default --calibrate")
+    parser.add_argument("--refine-windows", type=int, default=128, help="of --refine-text")
     parser.add_argument("--work", type=Path, required=True, help="folder for packed starts")
     parser.add_argument("--rows", nargs="+", required=True)
     parser.add_argument("--out", type=Path, help="JSON lines, continued where it ended")
