@@ -11,7 +11,7 @@ import torch
 
 from loftq.calibration import BlockModel, TokenWindows
 from loftq.checkpoint import Checkpoint, open_checkpoint
-from loftq.integrations import allocate, artifact, calibrate, discover, memory
+from loftq.integrations import allocate, artifact, calibrate, discover, memory, refine
 from loftq.integrations.device import check_device, default_device
 from loftq.integrations.export import export
 from loftq.integrations.greedy import greedy_adapter
@@ -69,6 +69,7 @@ def quantize(
     on_batch: OnBatch | None = None,
     on_block: calibrate.OnBlock = lambda path, done, total: None,
     on_cost: OnCost = lambda layer, done, total: None,
+    on_refine: refine.Listener = lambda step: None,
     **options: Any,
 ) -> RunResult:
     """Quantize a pretrained model into `output`: packed backbone, start adapter, records.
@@ -86,6 +87,7 @@ def quantize(
         on_block: called when the statistics of a block are taken (calibrate.OnBlock).
         on_cost: called when a layer's cost is measured for an allocation (allocate.OnCost), before
             the plan is made.
+        on_refine: called after each step of a refinement (integrations.refine.Step).
         **options: fields of `QuantizeConfig`: method, bits, format, rank, alpha, skip, data, ...
 
     Returns:
@@ -102,23 +104,40 @@ def quantize(
         _check_output(discover.resolve_source(model), target, overwrite=overwrite)
     ready = _prepare(model, chosen, max_shard_bytes, options, (on_block, on_cost))
     planned = ready.plan
-    _check_output(ready.folder, target, overwrite=overwrite)
+    pending = refine.is_pending(target, planned) and not (target / JOURNAL).exists()
+    if not pending:
+        _check_output(ready.folder, target, overwrite=overwrite)
     if on_plan is not None:
         on_plan(planned)
-    name = str(model)
-    result = run(
-        planned,
-        ready.source,
-        target,
-        extra_files=lambda result: artifact.extra_files(result, ready.folder, name, str(output)),
-        on_batch=on_batch,
-        open_statistics=ready.open_statistics(on_block),
+
+    def about(result: RunResult) -> dict[str, bytes]:
+        return artifact.extra_files(result, ready.folder, str(model), str(output))
+
+    if pending:
+        result = refine.written_result(target, planned)
+    else:
+        refine.forget(target)
+        result = run(
+            planned,
+            ready.source,
+            target,
+            extra_files=lambda result: {**refine.mark(planned), **about(result)},
+            on_batch=on_batch,
+            open_statistics=ready.open_statistics(on_block),
+        )
+        _remove_stale_shards(target, planned)
+    if not planned.config.refinement().stages:
+        return result
+    assert ready.windows is not None, "the plan refuses a refinement without text"
+    work = refine.Refining(
+        output=target,
+        folder=ready.folder,
+        source=ready.source,
+        windows=ready.windows,
+        extra_files=about,
+        listener=on_refine,
     )
-    kept = {shard.filename for shard in planned.shards}
-    for stale in target.glob("loftq-?????-of-?????.safetensors"):
-        if stale.name not in kept:  # of the output that was overwritten
-            stale.unlink()
-    return result
+    return refine.refine_output(work, result)
 
 
 def quantize_model(
@@ -269,6 +288,14 @@ def _windows(config: QuantizeConfig, layout: ModelLayout, folder: Path) -> Token
         return None
     tokenizer = discover.load_tokenizer(folder)
     return calibrate.read_windows(config, layout, tokenizer, discover.load_config(folder))
+
+
+def _remove_stale_shards(output: Path, planned: Plan) -> None:
+    """Take away the weight files of an output that was overwritten."""
+    kept = {shard.filename for shard in planned.shards}
+    for stale in output.glob("loftq-?????-of-?????.safetensors"):
+        if stale.name not in kept:
+            stale.unlink()
 
 
 def _check_output(source: Path, output: Path, *, overwrite: bool) -> None:

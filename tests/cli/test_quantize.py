@@ -292,3 +292,23 @@ def test_what_the_command_made_loads(loftq: Callable, model: Path, tmp_path: Pat
     assert loftq("quantize", model, "-o", tmp_path / "new", "--rank", 4).code == 0
     loaded = library.load(tmp_path / "new")
     assert loaded(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_a_refinement_is_said_before_and_after_and_in_a_plan(
+    loftq: Callable, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "some.txt").write_text(" ".join(["one two three four", "five six"] * 300))
+    words = ["--method", "max", "--data", tmp_path / "some.txt", "--bits", "2", "--rank", "4"]
+    words += ["calibration_windows=20", "calibration_context=32", "refine_epochs=2"]
+    planned = loftq("plan", model, *words)
+    assert planned.code == 0
+    assert "a rough estimate of the gradient steps" in planned.out
+    answer = loftq("quantize", model, "-o", tmp_path / "new", *words)
+    assert answer.code == 0
+    assert "block-distill (block x 2, model x 2 passes)" in answer.out
+    assert answer.out.count("held-out loss") == 2
+    assert " to refine" in answer.out
+    assert loftq("inspect", tmp_path / "new", "--check", "--source", model).code == 0
+    refused = loftq("quantize", model, "-o", tmp_path / "other", "--method", "max")
+    assert refused.code == 1
+    assert "method=max: needs text to calibrate on" in refused.err

@@ -13,7 +13,8 @@ from loftq.transforms import magr
 from tolerances import FLOAT32_SOLVE
 
 NAMES = ("qera-approx", "qera-exact", "cloq-core", "fast")
-EVERY = tuple(name for name, row in METHODS.items() if row.needs != "none")
+EVERY = tuple(n for n, row in METHODS.items() if row.needs != "none" and row.iterations)
+"""Calibrated methods that solve for a correction; the others leave all to a refinement."""
 GRAM = tuple(name for name in EVERY if METHODS[name].needs == "gram")
 
 

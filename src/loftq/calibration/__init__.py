@@ -1,7 +1,7 @@
 """Tokens to statistics of the inputs of each layer."""
 
 from loftq.calibration.accumulators import KINDS, Accumulator, InputStatistics
-from loftq.calibration.collect import OUTSIDE, BlockModel, collect, layers_in
+from loftq.calibration.collect import OUTSIDE, BlockModel, Run, collect, layers_in
 from loftq.calibration.data import (
     TokenWindows,
     document_windows,
@@ -21,6 +21,7 @@ __all__ = [
     "FisherStore",
     "InputStatistics",
     "Recall",
+    "Run",
     "SequentialStatistics",
     "StatisticsStore",
     "TokenWindows",

@@ -32,7 +32,8 @@ def choices(plan: Plan, given: Set[str]) -> list[Choice]:
         plan: the plan.
         given: options that the user set; all others are defaults.
     """
-    return [_format(plan, given), _method(plan, given), *_data(plan, given), _rank(plan, given),
+    return [_format(plan, given), _method(plan, given), *_data(plan, given),
+            *_refinement(plan, given), _rank(plan, given),
             _alpha(plan, given), _layers(plan, given), _fit(plan, given),
             _device(plan, given)]  # fmt: skip
 
@@ -76,6 +77,16 @@ def _data(plan: Plan, given: Set[str]) -> list[Choice]:
     if "data" not in given:
         return []
     return [Choice("data", "not used", f"{plan.config.method} needs no text")]
+
+
+def _refinement(plan: Plan, given: Set[str]) -> list[Choice]:
+    """The stages that gradients work in; none where the adapters stay as they are solved."""
+    refinement = plan.config.refinement()
+    if not refinement.stages:
+        return []
+    value = ", ".join(f"{stage.scope} x {stage.epochs:g}" for stage in refinement.stages)
+    reason = ASKED if "refine" in given else f"what {plan.config.method} does"
+    return [Choice("refine", f"{refinement.name} ({value} passes)", reason)]
 
 
 def _rank(plan: Plan, given: Set[str]) -> Choice:

@@ -43,6 +43,7 @@ def methods(as_json: options.AsJson = False) -> None:
         "schedule",
         "keeps",
         "solver",
+        "refine",
         "about",
     )
     for method in METHODS.values():
@@ -56,13 +57,14 @@ def methods(as_json: options.AsJson = False) -> None:
             method.order if method.schedule == "alternate" else method.schedule,
             method.keep,
             method.solver if method.correction == "closed-form" else method.correction,
+            method.refinement,
             method.summary,
         )
     out = console.screen()
     out.print(shown)
     out.print(
         "Every method takes every format. Keys override a choice: iters=, order=, solver=, "
-        "scale_fit=, damping=, design_rank=.",
+        "scale_fit=, damping=, design_rank=, refine=, refine_epochs=.",
         style="dim",
     )
 

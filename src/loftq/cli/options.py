@@ -38,8 +38,8 @@ Format = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="loftq (default), qlora, or fast and best, which need `quantize --data`; `loftq lab "
-        "methods` lists reproductions."
+        help="loftq (default), qlora, or fast, best and max, which need `quantize --data`; "
+        "`loftq lab methods` lists reproductions."
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapters. Default 16.")]

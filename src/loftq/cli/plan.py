@@ -195,6 +195,12 @@ def _print_totals(out: Console, report: PlanReport) -> None:
             f"estimates; {console.size(cost['disk_bytes'])} of statistics in {cost['folder']}, "
             "used again by other methods and widths",
         )
+    if report.refinement_seconds:
+        lines.add_row(
+            "refine",
+            f"{console.duration(report.refinement_seconds)} on {report.device}",
+            "a rough estimate of the gradient steps; small models on a GPU take longer",
+        )
     out.print(lines)
     print_serving(out, report)
 

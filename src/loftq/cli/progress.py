@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from loftq.integrations.refine import Step
     from loftq.pipeline.plan import Batch, Plan
     from loftq.pipeline.progress import Tally
 
@@ -98,6 +99,14 @@ class QuantizeProgress:
         left = duration(self._tally.seconds_left)
         status = f"{left} left, mean error {before:.4f} -> {after:.4f}"
         self._bar.update(self._tally.layers, len(self._tally.plan.layers), status)
+
+    def on_refine(self, step: Step) -> None:
+        """A step of a refinement is done (integrations.refine.Listener)."""
+        assert self._bar is not None
+        left = "" if step.seconds_left is None else f"{duration(step.seconds_left)} left, "
+        loss = "" if step.loss is None else f"loss {step.loss:.4g}"
+        where = f"refining {step.scope}, stage {step.stage} of {step.stages}: {left}{loss}"
+        self._bar.update(round(1000 * (step.done + step.share)), 1000 * step.units, where)
 
     def announce(self) -> None:
         """Say once how much an earlier run had done, if anything."""

@@ -90,6 +90,7 @@ def quantize(
                 on_batch=follow.on_batch,
                 on_block=follow.on_block,
                 on_cost=follow.on_cost,
+                on_refine=follow.on_refine,
                 **request.options,
             )
         except KeyboardInterrupt:
@@ -116,7 +117,11 @@ def _print_start(out: Console, model: str, output: Path, plan: Plan, chosen: lis
     for choice in chosen:
         lines.add_row(choice.name, choice.value, choice.reason)
     size, seconds = console.size(plan.disk_bytes), console.duration(plan.seconds)
-    lines.add_row("output", size, f"estimated time to solve: {seconds}; `loftq plan` says more")
+    refining = plan.refinement_seconds
+    more = f", and {console.duration(refining)} to refine" if refining else ""
+    lines.add_row(
+        "output", size, f"estimated time to solve: {seconds}{more}; `loftq plan` says more"
+    )
     places = where_served(plan)
     exact = [place.engine for place in places if place.exact]
     lines.add_row("serves", ", ".join(exact), "layouts that hold it without loss")
@@ -134,6 +139,14 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
         f"{console.duration(result.timings['total'])}: mean relative error "
         f"{sums['mean_plain_error']:.4f} rounded, {sums['mean_error']:.4f} with the adapter",
     )
+    for stage in result.refinement:
+        units = stage["units"]
+        before, after = (sum(unit[key] for unit in units) / len(units) for key in ("start", "best"))
+        lines.add_row(
+            "refined",
+            f"{console.count(len(units), stage['scope'])}: held-out loss {before:.4g} -> "
+            f"{after:.4g} (mean)",
+        )
     lines.add_row(
         "wrote",
         f"{output}: {console.size(sums['packed_bytes'])} packed + "

@@ -121,6 +121,7 @@ def provenance(result: RunResult, source_name: str) -> dict[str, Any]:
         "scaling": plan.config.scaling,
         "calibration": calibration_record(plan),
         "allocation": allocation_record(plan),
+        "refinement": [dict(stage) for stage in result.refinement] or None,
         "totals": totals(result),
         "backbone": result.backbone,
         "kept": [

@@ -124,6 +124,16 @@ class CheckpointBlocks(LoadedBlocks):
             empty = torch.empty_like(holder.get_parameter(leaf), device="meta")
             holder._parameters[leaf] = _frozen(empty)
 
+    def load_head(self) -> None:
+        """Give the output head its weights, which no forward of the base needs.
+
+        Raises:
+            SourceError: the checkpoint has none.
+        """
+        for path in self.anatomy.heads:
+            for name in self._parameters(f"{path}."):
+                self._place(name, required=True)
+
     def _read_ahead(self, following: int) -> None:
         """Begin to read the block of this number, if there is one."""
         if following == len(self.blocks):

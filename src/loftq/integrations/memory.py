@@ -67,6 +67,11 @@ def quantize_model(
     tokenizer: Any = None,
 ) -> PeftModel:
     """As `loftq.quantize_model`, with a ready configuration."""
+    if config.resolved_method().refined:
+        raise ValueError(
+            f"method={config.method}: a refinement reads the original weights from disk again. "
+            'Quantize the folder (loftq.quantize), or leave it out with refine="none".'
+        )
     layout = discover.describe_model(
         model,
         targets=list(config.targets) or None,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LINEAGE_FILE = "loftq_lineage.json"
 LINEAGE_VERSION = 1
+PENDING = ".loftq-refine"
+"""Folder inside an output whose start adapter is still to be refined."""
 
 
 class LineageError(ValueError):
@@ -113,6 +115,12 @@ def load_adapter(
             "OUT/init_adapter."
         )
     check_lineage(folder, backbone_of(model))
+    if (folder.parent / PENDING).exists():
+        warnings.warn(
+            f"{folder}: its refinement was interrupted; this is the start that it began with. The "
+            "same `loftq quantize` command goes on with it.",
+            stacklevel=2,
+        )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **options)
 
 

@@ -1,5 +1,6 @@
 """One row per method, one file per paper; each is a composition of the same parts."""
 
+from loftq.methods.apiq import APIQ_BW, APIQ_LW
 from loftq.methods.base import LayerRecord, LayerSolution, Method
 from loftq.methods.best import BEST
 from loftq.methods.caldera import CALDERA
@@ -10,12 +11,14 @@ from loftq.methods.fast import FAST
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
 from loftq.methods.lq_lora import LQ_LORA
 from loftq.methods.lqer import LQER
+from loftq.methods.max import MAX
 from loftq.methods.problem import LayerProblem, ProblemStatistics
 from loftq.methods.projq import PROJQ
 from loftq.methods.qera import QERA_APPROX, QERA_EXACT
 from loftq.methods.qlora import QLORA
 from loftq.methods.qpissa import QPISSA
 from loftq.methods.quailora import QUAILORA
+from loftq.methods.rilq import RILQ
 from loftq.methods.srr import SRR
 
 _ROWS = (
@@ -23,6 +26,7 @@ _ROWS = (
     QLORA,
     FAST,
     BEST,
+    MAX,
     LOFTQ_PAPER,
     QPISSA,
     LQ_LORA,
@@ -37,6 +41,9 @@ _ROWS = (
     SRR,
     CORDA,
     CALDERA,
+    APIQ_LW,
+    APIQ_BW,
+    RILQ,
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 

@@ -15,6 +15,7 @@ from loftq.lowrank import LowRank
 from loftq.methods.parts import CORRECTIONS, METRICS, NEEDS, ROUNDINGS, SCHEDULES, TRANSFORMS, Parts
 from loftq.methods.problem import LayerProblem, input_notes
 from loftq.methods.target import TARGETS
+from loftq.refine import REFINEMENTS
 from loftq.rounding import output_error, round_to_nearest
 from loftq.schedules import Alternation, frobenius
 
@@ -117,6 +118,8 @@ class Method:
     """Iterate that is stored: best or last."""
     solver: str = "chebyshev"
     """Low-rank solver (lowrank)."""
+    refinement: str = "none"
+    """What gradients do to the adapters afterwards: a row of refine.REFINEMENTS."""
     scale_fit: str | None = None
     """Fit the method prescribes; None = the format's default."""
     scale_coding: str | None = None
@@ -132,6 +135,7 @@ class Method:
             (self.schedule, SCHEDULES),
             (self.correction, CORRECTIONS),
             (self.target, TARGETS),
+            (self.refinement, REFINEMENTS),
         ):
             assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
         wanted = (
@@ -152,6 +156,11 @@ class Method:
     def sequential(self) -> bool:
         """Whether each layer is solved with all before it quantized."""
         return self.target == "sequential"
+
+    @property
+    def refined(self) -> bool:
+        """Whether gradients work on the adapters, for which it needs text."""
+        return bool(REFINEMENTS[self.refinement].stages)
 
     @property
     def step_cost(self) -> float:

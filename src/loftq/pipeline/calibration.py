@@ -13,6 +13,7 @@ from torch import Tensor
 from loftq.calibration import InputStatistics
 from loftq.methods import METHODS, ProblemStatistics
 from loftq.pipeline.layout import LayerInfo
+from loftq.refine import Refinement
 
 FLOPS = {"cpu": 5e10, "cuda": 2e13}
 """Rough float32 arithmetic a second of two cores and of a large GPU; plans only."""
@@ -109,11 +110,21 @@ def calibration_cost(
     )
 
 
-def missing_data(method: str) -> str:
-    """What to say where a method needs text and there is none."""
+def refinement_seconds(
+    calibration: Calibration, layers: Sequence[LayerInfo], refinement: Refinement, device: str
+) -> float:
+    """Estimate from shapes alone: a step costs three forwards, and each stage a few besides."""
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    passes = sum(3 * stage.epochs + 4 for stage in refinement.stages)
+    speed = FLOPS.get(device.split(":")[0], FLOPS["cuda"])
+    return 2.0 * weights * calibration.tokens * passes / speed
+
+
+def missing_data(what: str) -> str:
+    """What to say where a method or refinement, key=value, needs text and there is none."""
     without = ", ".join(name for name, row in METHODS.items() if row.needs == "none")
     return (
-        f"method={method}: needs text to calibrate on. Give a file with --data (.txt, .raw or "
+        f"{what}: needs text to calibrate on. Give a file with --data (.txt, .raw or "
         f".jsonl, also .gz; not a test split). These do without: {without}."
     )
 

@@ -10,6 +10,7 @@ from loftq.allocation import ALLOCATIONS, Allocation
 from loftq.formats import FITS, FormatSpec, parse_format
 from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
+from loftq.refine import Refinement, find_refinement
 from loftq.rounding import MOST_DAMPING
 
 CONFIG_VERSION = 1
@@ -33,7 +34,7 @@ class QuantizeConfig:
     """Every choice of `loftq quantize`; the command line's flags and key=value pairs."""
 
     method: str = "loftq"
-    """Row of the method table: loftq, qlora, fast, and the reproductions of `loftq lab methods`."""
+    """Row of the method table: loftq, qlora, fast, max, or one that `loftq lab methods` lists."""
     bits: float = 4
     """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does. With a
     measured allocation the most bits per weight all told, scales and zeros included."""
@@ -92,6 +93,11 @@ class QuantizeConfig:
     """Added to a Gram's diagonal, relative to its mean; None = the method's own."""
     design_rank: int | None = None
     """Rank of the correction that `projq` rounds for; None = that of the adapter."""
+    refine: str | None = None
+    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill or
+    block-distill, which need text; None = the method's own."""
+    refine_epochs: float | None = None
+    """Passes over the text in each stage of the refinement; None = its own, 0 = keep the start."""
     strict: bool = False
     """Raise instead of recording extra damping or calibration tokens that had to be left out."""
     engine: str | None = None
@@ -126,6 +132,8 @@ class QuantizeConfig:
             )
         if self.allocation_windows < 1:
             return f"allocation_windows={self.allocation_windows}: must be at least 1."
+        if self.refine_epochs is not None and not 0 <= self.refine_epochs < math.inf:
+            return f"refine_epochs={self.refine_epochs}: must be 0 (keep the start) or more."
         if self.engine is not None and (self.format is not None or self.bits != 4):
             return (
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
@@ -158,6 +166,8 @@ class QuantizeConfig:
         ):
             if value is not None and value not in known:
                 return f"{key}={value!r} does not exist; choose one of {', '.join(known)}."
+        if self.refine is not None:
+            find_refinement(self.refine)
         self.resolved_method()
         self.default_format()
         for name in self.formats.values():
@@ -188,7 +198,8 @@ class QuantizeConfig:
 
     def resolved_method(self) -> Method:
         """The method with this configuration's own choices put in."""
-        return find_method(self.method).with_options(
+        method = find_method(self.method).with_options(
+            refinement=self.refine,
             iterations=self.iters,
             solver=self.solver,
             order=self.order,
@@ -196,6 +207,13 @@ class QuantizeConfig:
             metric_damping=self.damping,
             design_rank=self.design_rank,
         )
+        if method.refined and method.needs == "none":  # statistics come with the text, for records
+            return method.with_options(needs="diagonal")
+        return method
+
+    def refinement(self) -> Refinement:
+        """What gradients do to the adapters, with this configuration's own choices put in."""
+        return find_refinement(self.resolved_method().refinement).with_epochs(self.refine_epochs)
 
     def allocation_row(self) -> Allocation:
         """The row of the table of allocations."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.methods import find_method
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -26,6 +27,7 @@ from loftq.pipeline.calibration import (
     CalibrationCost,
     calibration_cost,
     missing_data,
+    refinement_seconds,
 )
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
@@ -209,6 +211,14 @@ class Plan:
             return None
         infos = [layer.info for layer in self.layers if layer.rank]
         return calibration_cost(self.calibration, infos, self.device)
+
+    @property
+    def refinement_seconds(self) -> float:
+        """Rough time of the refinement on this device; 0 where there is none."""
+        if self.calibration is None:
+            return 0.0
+        infos = [layer.info for layer in self.layers if layer.rank]
+        return refinement_seconds(self.calibration, infos, self.config.refinement(), self.device)
 
     @property
     def working_bytes(self) -> int:
@@ -408,7 +418,11 @@ def _unmet(
     config: QuantizeConfig, layout: ModelLayout, calibration: Calibration | None
 ) -> list[str]:
     """What a method that needs statistics lacks."""
-    problems = [] if calibration is not None else [missing_data(config.method)]
+    problems = []
+    if calibration is None:
+        refined = find_method(config.method).needs == "none"  # which alone would need no text
+        what = f"refine={config.refine}" if refined else f"method={config.method}"
+        problems.append(missing_data(what))
     if config.resolved_method().needs == "fisher" and layout.task_type != "CAUSAL_LM":
         problems.append(
             f"{layout.architecture}: {config.method} weighs by gradients of the next token's loss, "

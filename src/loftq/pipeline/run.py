@@ -50,6 +50,8 @@ class RunResult:
     timings: Mapping[str, Any]
     """Seconds: total, solve (any batch being solved), batches (each, some at the same time). The
     only thing of a run that may differ between repeats."""
+    refinement: tuple[Mapping[str, Any], ...] = ()
+    """A row per stage of a refinement: its choices, and the losses of its units."""
 
 
 def run(

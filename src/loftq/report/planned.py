@@ -81,6 +81,8 @@ class PlanReport:
     device_bytes, disk_bytes."""
     allocation: dict[str, Any] | None = None
     """What a measured allocation chose: budget, nbytes, cost, formats, rivals."""
+    refinement_seconds: float = 0.0
+    """Rough time of gradients on the adapters; 0 where there are none."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -114,6 +116,7 @@ def describe_plan(plan: Plan) -> PlanReport:
         seconds=plan.seconds,
         calibration=_calibration(plan),
         allocation=plan.choice.to_dict() if plan.choice else None,
+        refinement_seconds=plan.refinement_seconds,
     )
 
 

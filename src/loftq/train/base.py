@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq import api
 from loftq.integrations import discover
-from loftq.integrations.peft import check_lineage
+from loftq.integrations.peft import PENDING, check_lineage
 from loftq.integrations.run_folder import START, RunFolder, backbone_and_adapter, tokenizer_home
 from loftq.integrations.source import resolve_source
 from loftq.methods import find_method
@@ -195,8 +195,9 @@ def settle(found: Located, options: Mapping[str, Any], listener: Listener) -> Ba
 
 
 def is_made(out: Path) -> bool:
-    """Whether `out` holds a finished quantization."""
-    return (out / "config.json").is_file() and not (out / JOURNAL).exists()
+    """Whether `out` holds a finished quantization, refined if it is to be."""
+    begun = (out / JOURNAL).exists() or (out / PENDING).exists()
+    return (out / "config.json").is_file() and not begun
 
 
 def cache_folder() -> Path:
