@@ -87,7 +87,7 @@ def _check_family(base: Any, capacity: int) -> None:
 
 def _block(layer: Any) -> BlockTensors:
     attention, mlp = layer.self_attn, layer.mlp
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     linears = [_linear(name, getattr(attention, name)) for name in ATTENTION]
     linears += [_linear(name, getattr(mlp, name)) for name in MLP]
     return BlockTensors(
