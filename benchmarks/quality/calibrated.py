@@ -29,6 +29,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -183,10 +184,10 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         found = calibrate.open_statistics(
             plan, windows, lambda: LoadedBlocks(model), recall=nothing
         )
-    for path, start, record in solve(plan, source, found):
-        starts[path] = start
-        records.append(record)
-    found.close()
+    with closing(found):
+        for path, start, record in solve(plan, source, found):
+            starts[path] = start
+            records.append(record)
     solved = time.perf_counter()
     effective, errors = copy.deepcopy(model), []
     for layer in plan.layers:
@@ -307,6 +308,8 @@ def main() -> None:
         if time.perf_counter() - begin > args.seconds:
             print(f"{row}: no time left")
             continue
+        if args.device.startswith("cuda"):  # streams and threads of a row keep memory of their own
+            torch.cuda.empty_cache()
         try:
             found = measure(args, model, source, row, texts)
         except (ValueError, RuntimeError):  # out of memory is one of the latter

@@ -144,6 +144,23 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.log == ["load blocks.0", "drop blocks.0", "load blocks.1", "drop blocks.1"]
 
 
+def test_a_forward_that_fails_at_the_start_leaves_the_model_as_it_was() -> None:
+    model, forward, calls = Toy(), Toy.forward, []
+
+    def third_fails(ids: Tensor, mask: Tensor) -> Tensor:
+        calls.append(ids)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(model, ids, mask)
+
+    model.forward = third_fails  # type: ignore[method-assign]
+    known = SequentialStatistics(lambda: model, LAYERS, windows(), recall=nothing, chunk=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        known.meet(BATCHES[0])
+    assert not any(module._forward_pre_hooks for module in model.module.modules())
+    assert [thread for thread in threading.enumerate() if thread.name == "calibrate"] == []
+
+
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_a_run_that_resumes_reads_the_layers_it_has_back(done: int) -> None:
     whole, model = in_sequence(Toy(), windows()), Toy()

@@ -108,22 +108,31 @@ class _Stage:
         self.model, self.about = model, about
         self._weights: dict[str, Tensor] = {}
         self._cleanup = ExitStack()
-        self._cleanup.callback(model.module.train, model.module.training)
-        model.module.eval()
+        self.at: str | None = None
         pieces = zip(
             about.windows.ids.split(about.chunk), about.windows.mask.split(about.chunk), strict=True
         )
         self.pairs = [(_Actor(model, i, m), _Actor(model, i, m)) for i, m in pieces]
+        try:
+            self._open()
+        except BaseException:  # nobody else knows of the hooks and threads that are there by now
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """All forwards to the entrance of the first block."""
+        module = self.model.module
+        self._cleanup.callback(module.train, module.training)
+        module.eval()
         for pair in self.pairs:
             for actor in pair:
                 self._cleanup.callback(actor.abandon)
-        for block in model.blocks:
-            gate = model.module.get_submodule(block).register_forward_pre_hook(
+        for block in self.model.blocks:
+            gate = module.get_submodule(block).register_forward_pre_hook(
                 lambda module, args, kwargs, block=block: _Actor.enter(block, module, args, kwargs),
                 with_kwargs=True,
             )
             self._cleanup.callback(gate.remove)
-        self.at: str | None = None
         self._move()
 
     def close(self) -> None:
