@@ -9,9 +9,9 @@ A row is ALLOCATION:BITS[:METHOD]; METHOD is the one that costs are measured wit
 solved by --method. So `error:2.5:lq-lora` is LQ-LoRA's integer program, `error:2.5:loftq` the
 same without Fisher weights, and `error:2.5` that of output errors. Bits count scales and zeros.
 `first` gets the smallest k whose bytes are not below the budget, so it never has fewer bytes than
-the others; `uniform:FORMAT` is one format everywhere. Perplexity and tuning are those of calibrated.py. All rows before any
-tuning, then the tunings in the order of the rows; --seconds starts no further step after these, and
-with --out what is there already is not run again.
+the others; `uniform:FORMAT` is one format everywhere. Perplexity and tuning are those of
+calibrated.py. All rows before any tuning, then the tunings in the order of the rows; --seconds
+starts no further step after these, and with --out what is there already is not run again.
 """
 
 from __future__ import annotations
