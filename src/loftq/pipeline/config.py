@@ -178,11 +178,12 @@ class QuantizeConfig:
         if self.costs_by is not None:
             find_method(self.costs_by)
         if not self.allocation_row().measured:
-            if self.candidates:
+            given = [key for key in ("candidates", "costs_by") if getattr(self, key)]
+            if given:
                 measured = ", ".join(name for name, row in ALLOCATIONS.items() if row.measured)
                 return (
-                    f"candidates={','.join(self.candidates)}: allocation={self.allocation} goes by "
-                    f"depth and chooses from no formats. Choose one that measures: {measured}."
+                    f"{given[0]}: allocation={self.allocation} goes by depth and has no costs to "
+                    f"choose by. Choose one that measures: {measured}."
                 )
             return ""
         if self.format is not None or self.engine is not None:
