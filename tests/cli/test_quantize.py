@@ -300,6 +300,7 @@ def test_a_refinement_is_said_before_and_after_and_in_a_plan(
     (tmp_path / "some.txt").write_text(" ".join(["one two three four", "five six"] * 300))
     words = ["--method", "max", "--data", tmp_path / "some.txt", "--bits", "2", "--rank", "4"]
     words += ["calibration_windows=20", "calibration_context=32", "refine_epochs=2"]
+    words += ["refine=block-distill"]
     planned = loftq("plan", model, *words)
     assert planned.code == 0
     assert "a rough estimate of the gradient steps" in planned.out

@@ -24,6 +24,7 @@ from loftq.report import inspect_output
 from test_calibrated import OPTIONS, add_tokenizer
 
 ADAPTER = "init_adapter/adapter_model.safetensors"
+BOTH = "block-distill"
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_an_interrupted_refinement_ends_in_the_same_bytes(
     calls: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after the first block, and after the second pass through the whole model."""
-    quantize(place, "whole", method="max")
+    quantize(place, "whole", method="fast", refine=BOTH)
     real, seen = Sitting._write, []
 
     def stopping(self: Sitting, name: str, value: object) -> None:
@@ -123,14 +124,14 @@ def test_an_interrupted_refinement_ends_in_the_same_bytes(
 
     monkeypatch.setattr(Sitting, "_write", stopping)
     with pytest.raises(KeyboardInterrupt):
-        quantize(place, "out", method="max")
+        quantize(place, "out", method="fast", refine=BOTH)
     monkeypatch.undo()
     monkeypatch.setenv("LOFTQ_CACHE", str(place / "cache"))
     with pytest.warns(UserWarning, match="its refinement was interrupted"):
         loftq.load(place / "out")
     with pytest.raises(ValueError, match="holds a finished model"):
-        quantize(place, "out", method="max", rank=2)
-    record = quantize(place, "out", method="max")
+        quantize(place, "out", method="fast", refine=BOTH, rank=2)
+    record = quantize(place, "out", method="fast", refine=BOTH)
     assert (place / "out" / ADAPTER).read_bytes() == (place / "whole" / ADAPTER).read_bytes()
     whole = json.loads((place / "whole/loftq.json").read_text())
     assert record == whole
@@ -139,7 +140,7 @@ def test_an_interrupted_refinement_ends_in_the_same_bytes(
 
 def test_progress_counts_units_and_tells_the_time_left(place: Path) -> None:
     steps: list[Step] = []
-    quantize(place, "out", method="max", on_refine=steps.append)
+    quantize(place, "out", method="fast", refine=BOTH, on_refine=steps.append)
     blocks = [step for step in steps if step.scope == "block"]
     assert {step.units for step in blocks} == {2}
     assert max(step.done for step in blocks) == 2

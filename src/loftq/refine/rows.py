@@ -79,7 +79,7 @@ class Refinement:
 _LAYER = Stage(scope="layer", epochs=10, rate=5e-4, batch=4, error="squared")
 _BLOCK = Stage(scope="block", epochs=10, rate=5e-4, batch=4, error="squared")
 _MODEL = Stage(scope="model", epochs=8, rate=2e-4, batch=8, hidden=0.5, language=0.5)
-_DISTILL = Stage(scope="model", epochs=8, rate=5e-4, batch=8, kl=1.0)
+_DISTILL = Stage(scope="model", epochs=6, rate=5e-4, batch=8, kl=1.0)
 
 _ROWS = (
     Refinement(name="none", summary="Leave the start as it is.", stages=()),
