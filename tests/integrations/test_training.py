@@ -159,6 +159,16 @@ def test_gradients_add_up_over_batches_and_unused_outputs_are_none() -> None:
     torch.testing.assert_close(group[0].A.grad, 2 * once)
 
 
+def test_an_adapter_that_changes_before_the_backward_is_refused() -> None:
+    model = packed("llama")
+    fuse_for_training(model)
+    loss = model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between"):
+        loss.backward()
+
+
 def test_the_state_dict_and_a_merge_are_what_they_were() -> None:
     model = packed("llama")
     stock = copy.deepcopy(model)

@@ -1,7 +1,7 @@
 """Operators called without the dispatcher, where nobody looks at the call.
 
 Through the dispatcher a Python operator costs 50 us of the host's time a call, twice that with a
-gradient: in a training step of a few thousand tokens more than the kernels take. What the
+gradient: in a training step of a few thousand tokens, more than the kernels take. What the
 dispatcher adds (tracing, fake tensors, modes that count) matters only while one of these is on.
 """
 
