@@ -65,9 +65,7 @@ def routes(
     def triton(
         launch: TritonLaunch | None, overlap: bool, adapter: tuple, x: Tensor, w: Packed
     ) -> Tensor:
-        return small_linear(
-            x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap
-        )  # fmt: skip
+        return small_linear(x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap)
 
     adapter = (*random_adapter(*shape, rank), 1.0)
     if "triton" in kinds:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loftq.integrations.inference import active_adapter, why_not_folded
 from loftq.nn import QuantLinear
 from loftq.ops import decoding
+from loftq.ops.dispatch import may_overlap
 from loftq.ops.groups import Member, linears
 
 FUSED = frozenset(
@@ -70,14 +71,20 @@ class FusedStep:
     Args:
         model: one that `why_not_fused` has nothing against, in eval mode.
         cache: a static cache of transformers', filled by a prefill of the same model.
-        overlap: whether launches start while the ones before them end; the GPU must know such
-            launches (dispatch.may_overlap). Not found faster yet (docs/kernels.md).
+        overlap: whether launches start while the ones before them end. Not found faster yet
+            (docs/kernels.md).
+
+    Raises:
+        ValueError: overlap on a device without such launches.
     """
 
     def __init__(self, model: Any, cache: Any, *, overlap: bool = False) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self.head, self.cache = base.model, base.lm_head, cache
         self.layers = [_read(layer) for layer in self.model.layers]
+        device = self.model.embed_tokens.weight.device
+        if overlap and not may_overlap(device):
+            raise ValueError(f"overlap=True: launches on {device} cannot overlap; leave it off.")
         self.overlap = overlap
 
     @torch.no_grad()

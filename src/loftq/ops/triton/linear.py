@@ -260,6 +260,8 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             words, highs, codes = next_words, next_highs, next_codes
             xp += AHEAD * BATCH * 64
     else:
+        if OVERLAP:
+            gdc_wait()
         if LORA:
             acc = _lora(
                 acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
