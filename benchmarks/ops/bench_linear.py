@@ -1,7 +1,7 @@
 """One packed linear layer against bf16 cuBLAS and, where installed, its peers, on one GPU.
 
     python benchmarks/ops/bench_linear.py [--bits 4 3 2] [--tokens 1 4 16 64]
-        [--shapes 4096x4096 ...] [--routes kernel apart dequantize alone] [--peers] [--rank 64]
+        [--shapes 4096x4096 ...] [--routes kernel overlap dequantize alone] [--peers] [--rank 64]
         [--seconds 600]
 
 Times are of one call inside a CUDA graph, over so many distinct weights that they cannot stay in
@@ -113,8 +113,8 @@ def dequantize_and_multiply(x: Tensor, packed: Packed) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def kernel(x: Tensor, packed: Packed, overlap: bool | None = None) -> Tensor:
-    """The few-token product; in a graph its launches overlap."""
+def kernel(x: Tensor, packed: Packed, overlap: bool = False) -> Tensor:
+    """The few-token product."""
     return small_linear(x, *packed.tensors, *packed.layout, overlap=overlap)
 
 
@@ -159,8 +159,8 @@ def packed_rows(
             chosen["kernel"] = kernel
             if rank:
                 chosen[f"kernel + r={rank}"] = partial(folded, rank)
-            if "apart" in routes:
-                chosen["kernel, no overlap"] = partial(kernel, overlap=False)
+            if "overlap" in routes:
+                chosen["kernel, overlapping"] = partial(kernel, overlap=True)
         if "dequantize" in routes:
             chosen["dequantize"] = dequantize_and_multiply
         for route, run in chosen.items():

@@ -65,19 +65,17 @@ def routes(
     def triton(
         launch: TritonLaunch | None, overlap: bool, adapter: tuple, x: Tensor, w: Packed
     ) -> Tensor:
-        return small_linear(
-            x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap
-        )  # fmt: skip
+        return small_linear(x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap)
 
     adapter = (*random_adapter(*shape, rank), 1.0)
     if "triton" in kinds:
-        yield "triton no overlap", partial(triton, None, False, ())
-        yield "triton", partial(triton, None, True, ())
-        yield f"triton no overlap r={rank}", partial(triton, None, False, adapter)
-        yield f"triton r={rank}", partial(triton, None, True, adapter)
+        yield "triton", partial(triton, None, False, ())
+        yield "triton overlapping", partial(triton, None, True, ())
+        yield f"triton r={rank}", partial(triton, None, False, adapter)
+        yield f"triton overlapping r={rank}", partial(triton, None, True, adapter)
         for shape_of in triton_launches(tokens):
             name = f"triton b{shape_of.batch} r{shape_of.rows} t{shape_of.tokens}"
-            yield f"{name} a{shape_of.ahead}", partial(triton, shape_of, True, ())
+            yield f"{name} a{shape_of.ahead}", partial(triton, shape_of, False, ())
     if "cuda" not in kinds:
         return
     for launch in launches(tokens):

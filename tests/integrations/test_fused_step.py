@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from loftq.integrations.decode import GraphDecoder
-from loftq.integrations.fused_step import why_not_fused
+from loftq.integrations.fused_step import FusedStep, why_not_fused
 from loftq.nn import pack_layer
 from packed_folder import quantize
 from tolerances import KERNEL_ERROR_RATIO, MERGE_LOGITS
@@ -89,6 +89,11 @@ def test_what_is_not_known_is_left_to_transformers_and_said(prompts):
     hooked = make("llama", adapter=False)
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert why_not_fused(hooked) == "layers.0.mlp has forward hooks"
+
+
+def test_overlap_is_refused_where_launches_cannot():
+    with pytest.raises(ValueError, match="launches on cpu cannot overlap"):
+        FusedStep(make("llama"), None, overlap=True)
 
 
 @pytest.mark.gpu

@@ -24,7 +24,8 @@ def adapted(dtype=torch.float32, **options):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(dtype)
+            drawn = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = drawn.to(parameter.dtype)  # PEFT keeps adapters in float32
     return model
 
 

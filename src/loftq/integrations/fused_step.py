@@ -71,16 +71,21 @@ class FusedStep:
     Args:
         model: one that `why_not_fused` has nothing against, in eval mode.
         cache: a static cache of transformers', filled by a prefill of the same model.
-        overlap: whether launches start while the ones before them end; None = where the GPU knows
-            such launches.
+        overlap: whether launches start while the ones before them end. Not found faster yet
+            (docs/kernels.md).
+
+    Raises:
+        ValueError: overlap on a device without such launches.
     """
 
-    def __init__(self, model: Any, cache: Any, *, overlap: bool | None = None) -> None:
+    def __init__(self, model: Any, cache: Any, *, overlap: bool = False) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self.head, self.cache = base.model, base.lm_head, cache
         self.layers = [_read(layer) for layer in self.model.layers]
         device = self.model.embed_tokens.weight.device
-        self.overlap = may_overlap(device) if overlap is None else overlap
+        if overlap and not may_overlap(device):
+            raise ValueError(f"overlap=True: launches on {device} cannot overlap; leave it off.")
+        self.overlap = overlap
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:

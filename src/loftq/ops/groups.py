@@ -32,7 +32,7 @@ class Member(NamedTuple):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
-def linears(x: Tensor, members: Sequence[Member], *, overlap: bool | None = None) -> Tensor:
+def linears(x: Tensor, members: Sequence[Member], *, overlap: bool = False) -> Tensor:
     """y = [x W_i^T + s_i (x A_i^T) B_i^T for each member i], side by side; for inference.
 
     Args:

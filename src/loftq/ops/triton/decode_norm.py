@@ -25,7 +25,6 @@ def _add_norm(  # type: ignore[no-untyped-def]
     inside = column < columns
     weight = tl.load(weight_ptr + column, inside, 0.0)
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
     place = tl.program_id(0).to(tl.int64) * columns + column  # (BLOCK,)
     x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
@@ -33,6 +32,8 @@ def _add_norm(  # type: ignore[no-untyped-def]
         x = (x + tl.load(delta_ptr + place, inside, 0.0).to(tl.float32)).to(TYPE)
         tl.store(sum_ptr + place, x, inside)
         x = x.to(tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
     mean = tl.sum(x * x, 0) / columns
     y = (x * tl.rsqrt(mean + eps)).to(TYPE).to(tl.float32) * weight.to(tl.float32)
     tl.store(y_ptr + place, y.to(TYPE), inside)
@@ -44,13 +45,14 @@ def _swiglu(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     token = tl.program_id(1).to(tl.int64)
     gate = tl.load(x_ptr + token * (2 * columns) + column, inside, 0.0).to(tl.float32)
     up = tl.load(x_ptr + token * (2 * columns) + columns + column, inside, 0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
     y = (gate / (1.0 + tl.exp(-gate))).to(TYPE).to(tl.float32) * up
     tl.store(y_ptr + token * columns + column, y.to(TYPE), inside)
 

@@ -33,7 +33,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from loftq.ops.dispatch import may_overlap
 from loftq.ops.groups import Member
 from loftq.ops.reference import SCALE_DTYPES, dynamic_map, view_bytes
 from loftq.ops.triton.bits import decode_scale, unpack_at
@@ -215,7 +214,6 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             group = _tile_group(d * BATCH + b, groups, GROUP)
             codes = codes + (tl.load(scale_ptr + row[None, :] * groups + group[:, None]),)
         if OVERLAP:  # the weights are nobody's output
-            gdc_launch_dependents()
             gdc_wait()
         if LORA:  # first, while the weights are on their way
             acc = _lora(
@@ -262,6 +260,8 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
             words, highs, codes = next_words, next_highs, next_codes
             xp += AHEAD * BATCH * 64
     else:
+        if OVERLAP:
+            gdc_wait()
         if LORA:
             acc = _lora(
                 acc, ax_ptr, b_ptr, row, token, tokens, rank, BATCH, ROWS, TOKENS, PARTS, TYPE
@@ -286,6 +286,8 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
                 inside[:, :, None] & (token < tokens)[None, None, :], 0.0,
             )  # fmt: skip
             acc += tl.dot(weight.to(TYPE), x)
+    if OVERLAP:
+        gdc_launch_dependents()
     y = tl.sum(acc, 0)  # (ROWS, TOKENS)
     place = y_ptr + token[None, :].to(tl.int64) * all_rows + before + row_out[:, None]
     tl.store(place, y.to(TYPE), (row_out < rows)[:, None] & (token < tokens)[None, :])
@@ -310,7 +312,6 @@ def _down(  # type: ignore[no-untyped-def]
     from_ptr = _of_member(a_ptrs, member) + row.to(tl.int64)[None, :, None] * columns
     a = tl.load(from_ptr + column[:, None, :], real & (column < columns)[:, None, :], 0.0)
     if OVERLAP:  # the adapter is nobody's output
-        gdc_launch_dependents()
         gdc_wait()
     acc = tl.zeros((BATCH, 16, TOKENS), tl.float32)
     for _ in tl.range(first, columns, STEP, num_stages=1):
@@ -323,6 +324,8 @@ def _down(  # type: ignore[no-untyped-def]
         ahead = tl.load(from_ptr + column[:, None, :], inside, 0.0)
         acc += tl.dot(a.to(TYPE), x)
         a = ahead
+    if OVERLAP:
+        gdc_launch_dependents()
     part = member * PARTS + tl.program_id(1)
     place = part * tokens * rank + token[None, :] * rank + row[:, None]
     inside = (row < rank)[:, None] & (token < tokens)[None, :]
@@ -374,7 +377,7 @@ def small_linear(
     *,
     portable: bool = False,
     launch: Launch | None = None,
-    overlap: bool | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     """x W^T (+ scaling x A^T B^T) for x (tokens, in_features), float16 or bfloat16.
 
@@ -392,7 +395,7 @@ def small_linears(
     *,
     portable: bool = False,
     launch: Launch | None = None,
-    overlap: bool | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     """`small_linear` of every member, side by side: (tokens, sum of out_features), one launch.
 
@@ -401,8 +404,7 @@ def small_linears(
         members: at most MOST_MEMBERS that `groups.why_not_together` has nothing against.
         portable: the decode.
         launch: shape of the launch; None = the tuned one.
-        overlap: start while the kernel before it runs, which must not write weights; None = while
-            a graph is captured, in which they do not change.
+        overlap: start while the kernel before it ends, which must not write weights.
     """
     x = x.contiguous()
     (tokens, columns), first = x.shape, members[0]
@@ -420,8 +422,6 @@ def small_linears(
     y = torch.empty((tokens, sum(sizes)), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    if overlap is None:
-        overlap = may_overlap(x.device) and torch.cuda.is_current_stream_capturing()
     token_blocks = triton.cdiv(tokens, launch.tokens)
     with torch.cuda.device_of(x):
         ax = _adapters_down(x, members, launch.tokens, overlap)
