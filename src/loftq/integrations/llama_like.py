@@ -87,13 +87,13 @@ def _check_family(base: Any, capacity: int) -> None:
 
 def _block(layer: Any) -> BlockTensors:
     attention, mlp = layer.self_attn, layer.mlp
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
     linears = [_linear(name, getattr(attention, name)) for name in ATTENTION]
     linears += [_linear(name, getattr(mlp, name)) for name in MLP]
     return BlockTensors(
         attention_norm=_float(layer.input_layernorm.weight),
         mlp_norm=_float(layer.post_attention_layernorm.weight),
-        head_norms=None if q_norm is None else (_float(q_norm.weight), _float(k_norm.weight)),
+        head_norms=norms and (_float(norms[0].weight), _float(norms[1].weight)),
         linears=linears,
     )
 
