@@ -1,10 +1,10 @@
-"""Tokens a second of a small model on a CPU: packed with adapters, against its 16- and 32-bit forms.
+"""Tokens a second of a small model on a CPU: packed with adapters, against 16 and 32 bits.
 
     python benchmarks/ops/bench_cpu_decode.py MODEL [--format nf2-g64] [--rank 64] [--threads 2]
         [--context 64] [--tokens 32] [--rounds 7]
 
-MODEL is a dense Llama-like model (SmolLM2-135M). Its weights are rounded to the format, adapters are
-random: speed does not depend on their values. Every row decodes the same tokens from the same
+MODEL is a dense Llama-like model (SmolLM2-135M). Its weights are rounded to the format, adapters
+are random: speed does not depend on their values. Every row decodes the same tokens from the same
 context at batch 1. The rows take turns, round after round, so that what else the machine does
 meets all of them; the table gives the best and the median round. `transformers` is the model's
 own forward over a dynamic cache, one token after the other, without the bookkeeping of `generate`;

@@ -59,6 +59,7 @@ CHOICES = {field.name for field in fields(Method)} - {
     field.name for field in fields(QuantizeConfig)
 }
 STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
+PART = 4  # windows whose logits are in memory together
 CONTEXT = 1024  # of a calibration window
 OTHERS = 64  # most windows of the texts besides --data
 
@@ -113,11 +114,12 @@ def tune(model: nn.Module, ids: Tensor, seed: int) -> None:
             group["lr"] = rate
         starts = torch.randint(0, len(ids) - LENGTH - 1, (BATCH,), generator=generator)
         windows = torch.stack([ids[s : s + LENGTH] for s in starts.tolist()]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in windows.split(PART):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
+            (loss * len(part) / BATCH).backward()
         nn.utils.clip_grad_norm_(adapter, 1.0)
         optimizer.step()
 

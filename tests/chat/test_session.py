@@ -101,11 +101,14 @@ def test_a_plain_model_has_nothing_to_unpack(work: Path) -> None:
 
 
 def test_steps_that_cannot_be_captured_are_left_to_generate(
-    work: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    wanted = talker(work).reply("one two").answer.text
-    monkeypatch.setattr(session, "why_not_stepwise", lambda model: "")
+    plain = talker(work)
+    assert "plain PyTorch" in plain.why_not_stepwise
+    wanted = plain.reply("one two").answer.text
+    request.getfixturevalue("library")
     talk = talker(work)
+    assert talk.why_not_stepwise == ""
     assert talk.reply("one two").answer.text == wanted
     assert talk._decoder is not None
 

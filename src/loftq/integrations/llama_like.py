@@ -87,13 +87,13 @@ def _check_family(base: Any, capacity: int) -> None:
 
 def _block(layer: Any) -> BlockTensors:
     attention, mlp = layer.self_attn, layer.mlp
-    norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
     linears = [_linear(name, getattr(attention, name)) for name in ATTENTION]
     linears += [_linear(name, getattr(mlp, name)) for name in MLP]
     return BlockTensors(
         attention_norm=_float(layer.input_layernorm.weight),
         mlp_norm=_float(layer.post_attention_layernorm.weight),
-        head_norms=None if None in norms else (_float(norms[0].weight), _float(norms[1].weight)),
+        head_norms=norms and (_float(norms[0].weight), _float(norms[1].weight)),
         linears=linears,
     )
 
