@@ -212,3 +212,13 @@ def test_what_cannot_be_allocated_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         loftq.plan(place / model, measure=True, **options(place, **settings))
+
+
+def test_costs_of_a_sequential_method_are_refused_and_those_of_another_taken(
+    place: Path,  # noqa: F811
+) -> None:
+    settings = options(place, allocation="error", method="best")
+    with pytest.raises(PlanError, match="costs_by=fast"):
+        loftq.plan(place / "llama", measure=True, **settings)
+    planned = loftq.plan(place / "llama", measure=True, costs_by="qera-exact", **settings)
+    assert planned.choice is not None
