@@ -164,8 +164,8 @@ def _check(config: QuantizeConfig, layout: ModelLayout, windows: TokenWindows | 
     if config.cost_config().resolved_method().sequential:
         raise PlanError(
             f"allocation={row.name}: {config.costs_by or config.method} solves a layer with all "
-            "before it quantized, so that no layer has a cost of its own. Take the costs of another "
-            "method: costs_by=fast."
+            "before it quantized, so that no layer has a cost of its own. Take the costs of "
+            "another method: costs_by=fast."
         )
     if row.reads_text and layout.task_type != "CAUSAL_LM":
         raise PlanError(
