@@ -70,6 +70,22 @@ class EnsembleResult:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AverageResult:
+    """Members and their average by the metrics of a task without classes."""
+
+    task: str
+    primary: str
+    """The headline metric."""
+    members: tuple[Mapping[str, Mapping[str, Mapping[str, Any]]], ...]
+    """Of each: split -> metric -> value, low, high, rows, interval."""
+    ensemble: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
 def quality(probabilities: NDArray[Any], labels: NDArray[Any]) -> Quality:
     """All scores of probabilities (rows, classes) against labels (rows,)."""
     ece = bootstrapped(
