@@ -16,7 +16,8 @@ from loftq.lab.compare.recipe import load_recipe
 from loftq.lab.compare.standin import tiny
 from loftq.lab.compare.standin_rows import words, write_rows
 from loftq.lab.ensemble import Follower, score_ensemble, train_ensemble
-from loftq.tasks import TaskError, evaluate
+from loftq.lab.ensemble.result import result_of
+from loftq.tasks import TaskError, evaluate, train_task
 
 pytest.importorskip("datasets")
 pytest.importorskip("sklearn")
@@ -85,6 +86,26 @@ def test_the_command_shows_every_member_and_the_ensemble(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_command_shows_the_metrics_of_a_task_without_classes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(["xquad-en"], tmp_path / "data")
+    monkeypatch.setenv("LOFTQ_DATA", str(tmp_path / "data"))
+    keys = {**LITTLE, "max_steps": 1, "eval_steps": 1, "max_length": 64, "train_rows": 8}
+    words = ["lab", "ensemble", place / "out", "--task", "xquad-en", "--members", 2]
+    words += ["--device", "cpu", "-o", tmp_path / "all"]
+    words += [f"{key}={value}" for key, value in keys.items()]
+    assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if "xquad-en, test" in line)
+    assert head.split()[2:4] == ["f1", "exact_match"]
+    assert [line.split()[0] for line in out.splitlines() if " to " in line] == [
+        "member", "member", "ensemble",
+    ]  # fmt: skip
+    assert "reliability.svg" not in out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_members_choose_among_answers_together(place: Path, tmp_path: Path) -> None:
     found = train_ensemble(
         place / "out", "dream", tmp_path, members=2, data=place / "data", device="cpu", **LITTLE
@@ -150,6 +171,24 @@ def test_the_mean_probability_of_a_token_is_likelier_than_the_mean_member_says(
     assert not (tmp_path / "all/reliability.svg").exists()
     with pytest.raises(TaskError, match="without probabilities of classes"):
         train_ensemble(tmp_path / "out", task, tmp_path / "x", members=2, outside=("rte",))
+
+
+def test_members_that_rule_the_label_out_are_scored_too() -> None:
+    sure = np.array([[[0.0, 1.0]], [[1.9e-12, 1 - 1.9e-12]]])
+    found = result_of("rte", "validation", sure, np.array([0]), {})
+    assert found.ensemble.nll <= np.mean([member.nll for member in found.members]) + 1e-6
+    assert math.isfinite(found.ensemble.nll)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_numbers_are_not_averaged_as_if_they_were_probabilities(
+    place: Path, tmp_path: Path
+) -> None:
+    short = {**LITTLE, "max_steps": 1, "eval_steps": 1}
+    train_task(place / "out", "stsb", tmp_path / "run", data=place / "data", device="cpu", **short)
+    (tmp_path / "ensemble.json").write_text(json.dumps({"members": ["run", "run"]}))
+    with pytest.raises(MembersError, match="predicts a number; probabilities are averaged"):
+        evaluate(tmp_path, "stsb", data=place / "data", device="cpu")
 
 
 def test_what_cannot_be_averaged_is_refused_before_anything_is_trained(

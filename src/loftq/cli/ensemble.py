@@ -114,20 +114,18 @@ def _print(out: Console, found: EnsembleResult | AverageResult, output: Path) ->
 
 
 def _print_metrics(out: Console, found: AverageResult) -> None:
-    """Members and ensemble by the task's own metrics, the ensemble's with its interval."""
+    """Members and ensemble by the task's own metrics: a table for each split."""
     lines = [(f"member {place}", metrics) for place, metrics in enumerate(found.members)]
     for split, scores in found.ensemble.items():
-        right = (*scores, "95 % of the first")
-        shown = console.table(split, *right, right=right)
-        for name, metrics in [*lines, ("ensemble", found.ensemble)]:
-            each = [metrics[split][metric] for metric in scores]
+        names = (found.primary, *(name for name in scores if name != found.primary))
+        right = (*names, "95 % of the first", "rows")
+        shown = console.table(f"{found.task}, {split}", *right, right=right)
+        for line, metrics in [*lines, ("ensemble", found.ensemble)]:
+            each = [metrics[split][name] for name in names]
             span = f"{each[0]['low']:.4f} to {each[0]['high']:.4f}"
-            shown.add_row(name, *(f"{score['value']:.4f}" for score in each), span)
+            values = [f"{score['value']:.4f}" for score in each]
+            shown.add_row(line, *values, span, f"{each[0]['rows']:,}")
         out.print(shown)
-    rows = ", ".join(
-        f"{next(iter(s.values()))['rows']:,} of {n}" for n, s in found.ensemble.items()
-    )
-    out.print(f"{found.task}, rows (of a text: windows) {rows}.")
 
 
 def _print_quality(out: Console, found: EnsembleResult) -> None:

@@ -126,7 +126,7 @@ def choose(task: Task, options: Mapping[str, Any]) -> Chosen:
             raise ValueError(f"method={method}: {', '.join(useless)} would change nothing.")
     elif method is not None:
         quantize["method"] = method
-    if own.get("kl") and (method == "full" or task.kind == "regression"):
+    if own.get("kl") and (method == "full" or not task.predicts_probabilities):
         why = "every weight is trained" if method == "full" else f"{task.name} predicts a number"
         raise ValueError(
             f"kl={own['kl']}: compares the probabilities of adapters, and {why}. Leave it out; "

@@ -118,6 +118,8 @@ def result_of(
     """
     import numpy as np
 
+    # As row_losses floors them: the mean of what is floored, not the floored mean, obeys Jensen.
+    members = np.maximum(members, scores.FLOOR)
     mean = members.mean(0)
     # -log of a mean is at most the mean of -log, row by row and so on every batch of rows.
     each = np.stack([scores.row_losses(member, labels) for member in members])
