@@ -57,6 +57,16 @@ def test_a_task_is_trained_and_scored(loftq: Callable, place: Path, tmp_path: Pa
     assert "adapter adapter, float32 on cpu" in table.out
 
 
+def test_a_long_scoring_says_in_a_log_how_far_it_is(
+    loftq: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq.cli.train_screen.PATIENCE", -1)
+    words = ("train", place / "bert", "--task", "rte", "--data", place / "data", "--bits", 2)
+    answer = loftq(*words, *SHORT, "-o", tmp_path / "run", f"cache={tmp_path / 'cache'}")
+    assert "step 0: scoring, 8 of 8 rows" in answer.out
+    assert "step 2: scoring, 12 of 12 rows" in answer.out
+
+
 def test_a_recipe_names_the_task_and_a_baseline(
     loftq: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 import loftq
 import tiny_chat
 from loftq.api import load_base
+from loftq.chat import open_session
 from loftq.integrations.causal import open_causal
 from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.gauge import rotated_start
 from loftq.integrations.generate import Sampling, answer
+from loftq.integrations.llama_like import NotReadable, read_model
 from loftq.integrations.members import MembersError, load_members_, member_folders
 
 MEMBERS = 3
@@ -73,6 +75,19 @@ def test_generation_takes_the_likeliest_token_of_the_mean(ensemble: Path) -> Non
     said = answer(opened.model, opened.tokenizer, prompt, Sampling(max_new_tokens=6))
     text = opened.tokenizer.decode(wanted[3 : 3 + said.tokens], skip_special_tokens=True)
     assert said.text == text
+
+
+def test_the_one_call_decoder_leaves_members_to_transformers(ensemble: Path) -> None:
+    """Whichever it meets first, the hooks that average or the layers of all members."""
+    opened = open_causal(ensemble, device="cpu")
+    with pytest.raises(NotReadable, match="LlamaForCausalLM has hooks, which would not run"):
+        read_model(opened.model, 16)
+    opened.model._forward_hooks.clear()
+    opened.model._forward_pre_hooks.clear()
+    with pytest.raises(NotReadable, match="q_proj is a MemberLinear"):
+        read_model(opened.model, 16)
+    said = open_session(ensemble, device="cpu").reply("a word").answer
+    assert said.tokens > 0
 
 
 def test_what_cannot_be_computed_together_is_refused(ensemble: Path, tmp_path: Path) -> None:

@@ -184,6 +184,28 @@ def test_a_finished_run_is_returned_and_other_settings_are_refused(
         train(model_of("bert"), "rte", tmp_path / "run", seed=3)
 
 
+def test_a_validation_says_how_far_it_is(
+    train: Callable, model_of: Callable, tmp_path: Path
+) -> None:
+    from loftq.train.listener import Listener
+
+    class Heard(Listener):
+        def __init__(self) -> None:
+            self.told: list = []
+
+        def reading(self, what: str, done: int, total: int) -> None:
+            self.told.append((what, done, total))
+
+        def validation(self, row: dict, pace: object) -> None:
+            self.told.append(row["step"])
+
+    heard = Heard()
+    train(model_of("bert"), "rte", tmp_path / "run", listener=heard, eval_batch_size=4, samples=0)
+    one = [("batches", 1, 2), ("batches", 2, 2), ("rows", 4, 8), ("rows", 8, 8)]
+    scored = [("rows", done, 12) for done in (4, 8, 12)]
+    assert heard.told == [*one, 0, *one, 1, *one, 2, *scored]
+
+
 @pytest.mark.parametrize("method", [None, "full"])
 def test_an_interrupted_run_ends_as_one_that_was_not(
     method: str | None, train: Callable, model_of: Callable, tmp_path: Path

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tiny_tasks
+from loftq.lab.compare.standin_rows import write_rows
 from loftq.tasks import TASKS, TaskError, find_task
 from loftq.tasks.sources import read_for_training, read_split, some
 
@@ -47,10 +48,12 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
         read_split(TASKS["rte"], "validation")
 
 
-def test_a_task_of_files_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_files_only_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOFTQ_DATA", raising=False)
     with pytest.raises(TaskError, match="scitldr: its data is read from local files only"):
         read_split(TASKS["scitldr"], "train")
+    with pytest.raises(TaskError, match=r"dream/train is not there .* local files only"):
+        read_split(TASKS["dream"], "train", data=tmp_path)
 
 
 def test_what_is_held_out_is_no_part_of_train_nor_of_what_is_reported(data: Path) -> None:
@@ -64,6 +67,18 @@ def test_what_is_held_out_is_no_part_of_train_nor_of_what_is_reported(data: Path
     assert not reported & (places | held)
     again = read_for_training(task, data=data, holdout=0.2)
     assert [row.place for row in again.validation] == [row.place for row in found.validation]
+
+
+@pytest.mark.parametrize("name", ["rte", "dream"])
+def test_a_checkpoint_may_be_chosen_by_some_of_the_rows(name: str, tmp_path: Path) -> None:
+    """Held out of train (rte) or a published split (dream): train keeps its rows."""
+    data = write_rows([name], tmp_path)
+    whole = read_for_training(TASKS[name], data=data, holdout=0.2)
+    some_rows = read_for_training(TASKS[name], data=data, holdout=0.2, validation_rows=3)
+    assert some_rows.train == whole.train
+    assert len(some_rows.validation) == 3 < len(whole.validation)
+    assert all(row in whole.validation for row in some_rows.validation)
+    assert any("chosen on 3 rows" in note for note in some_rows.notes)
 
 
 def test_questions_of_one_article_stay_together(data: Path) -> None:

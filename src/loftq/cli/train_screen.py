@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ ANSWER = 300  # of a prompt or an answer
 OF_A_VALIDATION = ("step", "epoch", "validation_loss")
 """Keys of every validation; any others are the metrics of a task."""
 LINES = 10  # progress lines of a run away from a terminal
+PATIENCE = 60  # seconds without a line there until a scoring says how far it is
 
 
 class TrainScreen(Listener):
@@ -37,6 +39,7 @@ class TrainScreen(Listener):
         self._quantize: QuantizeProgress | None = None
         self._bar: Bar | None = None
         self._timed = False
+        self._place, self._spoken = (0, 0), 0.0
 
     def quantizing(self, plan: Plan, folder: Path) -> None:
         """Say what comes first, and follow it."""
@@ -83,7 +86,8 @@ class TrainScreen(Listener):
         if briefing.resumed:
             self._screen.print(f"resumed: going on after step {briefing.resumed}")
         self._bar = Bar(self._side, "steps")
-        self._bar.update(briefing.resumed, briefing.steps.total)
+        self._place, self._spoken = (briefing.resumed, briefing.steps.total), time.monotonic()
+        self._bar.update(*self._place)
 
     def step(self, row: Mapping[str, Any], pace: Pace) -> None:
         """A step is done."""
@@ -91,13 +95,24 @@ class TrainScreen(Listener):
         if pace.epoch_seconds is not None and not self._timed:
             self._timed = True
             self._screen.print(f"an epoch takes {console.duration(pace.epoch_seconds)}, measured")
-        self._bar.update(pace.step, pace.total, _status(row, pace))
+        self._place, self._spoken = (pace.step, pace.total), time.monotonic()
+        self._bar.update(*self._place, _status(row, pace))
         every = max(1, pace.total // LINES)
         if not self._side.is_terminal and (pace.step % every == 0 or pace.step == 1):
             self._screen.print(f"step {pace.step}/{pace.total}: {_status(row, pace)}")
 
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Part of a scoring is done: in the bar, and away from a terminal once a minute."""
+        how_far = f"scoring, {done:,} of {total:,} {what}"
+        if self._bar is not None:
+            self._bar.update(*self._place, how_far)
+        if not self._side.is_terminal and time.monotonic() - self._spoken > PATIENCE:
+            self._spoken = time.monotonic()
+            self._screen.print(f"step {self._place[0]}: {how_far}")
+
     def validation(self, row: Mapping[str, Any], pace: Pace) -> None:
         """A validation is done."""
+        self._spoken = time.monotonic()
         scores = [f"{key} {value:.4f}" for key, value in row.items() if key not in OF_A_VALIDATION]
         loss = f"validation loss {row['validation_loss']:.4f}"
         self._screen.print(f"step {pace.step}: {', '.join([loss, *scores])}")

@@ -47,6 +47,7 @@ def rotated_start(base: Path, folder: Path, *, seed: int) -> Path:
     for path in start.iterdir():
         if path.is_file() and path.name != WEIGHTS:
             shutil.copy2(path, run.adapter / path.name)
+    _name_base(run.adapter / "adapter_config.json", base)
     tensors = rotate(load_file(start / WEIGHTS), seed=seed)
     save_file(tensors, run.adapter / WEIGHTS, metadata={"format": "pt"})
     write_lineage(run.adapter, backbone)
@@ -56,6 +57,13 @@ def rotated_start(base: Path, folder: Path, *, seed: int) -> Path:
     }  # fmt: skip
     (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _name_base(file: Path, base: Path) -> None:
+    """Point PEFT's record at the backbone by its whole path, as base.json does."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    found["base_model_name_or_path"] = str(base.resolve())
+    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def rotate(tensors: dict[str, Tensor], *, seed: int) -> dict[str, Tensor]:

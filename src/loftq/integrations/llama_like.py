@@ -79,10 +79,10 @@ def _check_family(base: Any, capacity: int) -> None:
     shortest = min((window for window in windows if window is not None), default=capacity)
     if shortest < capacity:
         raise NotReadable(f"its attention slides over {shortest} tokens, {capacity} are wanted")
-    for path, module in base.model.layers.named_modules():
+    for path, module in base.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if not all(is_guard(hook) for hook in hooks):
-            raise NotReadable(f"layers.{path} has hooks, which would not run")
+            raise NotReadable(f"{path or name} has hooks, which would not run")
 
 
 def _block(layer: Any) -> BlockTensors:
@@ -108,13 +108,13 @@ def _linear(name: str, module: Any) -> Linear:
         A, B = module.lora_A[active].weight, module.lora_B[active].weight
         adapter = A.detach(), B.detach(), module.scaling[active]
         module = module.base_layer
+    parts, layout = _stored(name, module)
     bias = None if module.bias is None else module.bias.detach()
     for tensor in (*(adapter or ())[:2], bias):
         if tensor is not None and (tensor.dtype not in DTYPES or not tensor.is_contiguous()):
             raise NotReadable(f"{name}: a tensor of {tensor.dtype}, or one that is not contiguous")
     if adapter and adapter[0].dtype != adapter[1].dtype:
         raise NotReadable(f"{name}: its adapter has two dtypes")
-    parts, layout = _stored(name, module)
     return Linear(
         parts=parts, in_features=module.in_features, layout=layout, adapter=adapter, bias=bias
     )

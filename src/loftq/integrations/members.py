@@ -42,16 +42,23 @@ def member_folders(path: Path) -> tuple[Path, ...] | None:
     """The runs of an ensemble's folder; None for any other folder.
 
     Raises:
-        MembersError: its record is damaged.
+        MembersError: its record is damaged, or a member is not trained yet.
     """
     file = path / ENSEMBLE
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["members"]
-        return tuple(path / str(name) for name in found)
+        runs = tuple(path / str(name) for name in found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MembersError(f"{file}: cannot be read ({error!r}). Restore it.") from error
+    done = [(run / "adapter" / "adapter_config.json").is_file() for run in runs]
+    if not all(done):
+        raise MembersError(
+            f"{path}: {sum(done)} of {len(runs)} members are trained. Give the command that began "
+            "it again (`loftq lab ensemble` with the same options): it goes on."
+        )
+    return runs
 
 
 def load_members_(model: Any, adapters: Sequence[Path]) -> None:
@@ -102,7 +109,14 @@ def average_(model: Any, members: int) -> tuple[Any, ...]:
 
     Returns:
         Hooks; their `remove()` ends it.
+
+    Raises:
+        MembersError: its head predicts a number, which has no probability to be averaged.
     """
+    if getattr(model.config, "problem_type", None) == "regression":
+        raise MembersError(
+            f"{type(model).__name__}: predicts a number; probabilities are averaged."
+        )
 
     def repeat(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:

@@ -18,11 +18,11 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from loftq.integrations.members import PREDICTED
 from loftq.tasks.kinds.batches import IGNORED
 from loftq.tasks.trainer import TaskTrainer
 
 TRAINED, REFERENCE = "default", "start"
-PREDICTED = ("logits", "start_logits", "end_logits")
 
 
 class AnchoredTrainer(TaskTrainer):
@@ -56,9 +56,10 @@ class AnchoredTrainer(TaskTrainer):
             before = model(**inputs)
         shift = 0 if getattr(inner.config, "is_encoder_decoder", False) else 1
         total, count = divergence(outputs, before, inputs.get("labels"), shift=shift)
-        loss = loss + self.kl * total / (
-            count if num_items_in_batch is None else num_items_in_batch
-        )
+        term = self.kl * total / (count if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            term = term * self.accelerator.num_processes  # gradients are averaged over processes
+        loss = loss + term
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -100,6 +100,8 @@ class Task(ABC):
     """Whether the model gets a fresh head, which is trained in full beside the adapter."""
     encodes_rows: ClassVar[bool] = True
     """Whether features of a row depend on that row alone, so that rows may be encoded in parts."""
+    predicts_probabilities: ClassVar[bool] = True
+    """Whether the model gives probabilities (of classes, spans, tokens), which can be averaged."""
     selects_by_loss: ClassVar[bool] = True
     """Whether the best checkpoint has the lowest validation loss; else the best primary metric."""
 

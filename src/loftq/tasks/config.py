@@ -32,6 +32,8 @@ class TaskConfig:
     """Score the first so many rows of a fixed shuffle of each reported split; None = all."""
     holdout: float = 0.05
     """Share of train that the checkpoint is chosen by, where there is no validation split."""
+    validation_rows: int | None = None
+    """Choose the checkpoint by the first so many held-out rows of a fixed shuffle; None = all."""
     on_bad_rows: str = "error"
     """error, or skip: leave rows that cannot be used out of training. A reported split is never
     thinned, which would change what is measured."""
@@ -51,8 +53,8 @@ class TaskConfig:
     """Text to calibrate on, for methods of quantization that need it."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "train_rows", "eval_rows", "eval_batch_size", "answer_tokens",
-                     "beams"):  # fmt: skip
+        for name in ("max_length", "train_rows", "eval_rows", "validation_rows", "eval_batch_size",
+                     "answer_tokens", "beams"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1.")
@@ -124,7 +126,7 @@ def choose(task: Task, options: Mapping[str, Any]) -> Chosen:
             raise ValueError(f"method={method}: {', '.join(useless)} would change nothing.")
     elif method is not None:
         quantize["method"] = method
-    if own.get("kl") and (method == "full" or task.kind == "regression"):
+    if own.get("kl") and (method == "full" or not task.predicts_probabilities):
         why = "every weight is trained" if method == "full" else f"{task.name} predicts a number"
         raise ValueError(
             f"kl={own['kl']}: compares the probabilities of adapters, and {why}. Leave it out; "

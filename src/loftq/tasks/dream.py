@@ -29,6 +29,5 @@ DREAM = Choice(
     },
     paper="arXiv:1902.00164",
 )  # fmt: skip
-"""The authors publish one JSON file a split with the questions of a dialogue
-together; a row here is
-one question, with the columns of the hub's former copy."""
+"""The authors publish one JSON file a split with the questions of a dialogue together; a row here
+is one question, with the columns of the hub's former copy."""

@@ -111,6 +111,7 @@ def read_task_inputs(
         data=data,
         rows=chosen.train_rows,
         holdout=chosen.holdout,
+        validation_rows=chosen.validation_rows,
         on_bad_rows=chosen.on_bad_rows,
     )
     test = {

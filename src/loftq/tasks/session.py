@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from loftq.tasks.anchor import AnchoredTrainer
-from loftq.tasks.base import TaskRow
+from loftq.tasks.base import Reading, TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.inputs import TaskInputs
 from loftq.tasks.scoring import score_model, write_predictions
@@ -47,7 +47,14 @@ class TaskSession(Sitting):
 
     def _predict(self, rows: Sequence[TaskRow]) -> list[Any]:
         inputs = self.inputs
-        return inputs.task.predict(self.model, inputs.tokenizer, rows, self.chosen.reading())
+        return inputs.task.predict(self.model, inputs.tokenizer, rows, self._reading())
+
+    def _reading(self) -> Reading:
+        """How the model is asked, the listener told of it."""
+        return replace(
+            self.chosen.reading(),
+            on_batch=lambda done, total: self.listener.reading("rows", done, total),
+        )
 
     def _asked(self) -> list[dict[str, Any]]:
         pairs = [self.inputs.task.example(row) for row in self._held()]
@@ -112,7 +119,7 @@ class TaskSession(Sitting):
             self.inputs.tokenizer,
             self.inputs.task,
             self.inputs.test,
-            self.chosen.reading(),
+            self._reading(),
         )
         write_predictions(predictions, self.run.path)
         self._record(metrics)

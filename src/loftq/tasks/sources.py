@@ -62,6 +62,7 @@ def read_for_training(
     data: str | Path | None = None,
     rows: int | None = None,
     holdout: float = 0.05,
+    validation_rows: int | None = None,
     on_bad_rows: str = "error",
 ) -> TaskData:
     """Rows to train on and rows to choose a checkpoint by.
@@ -72,6 +73,7 @@ def read_for_training(
         rows: train on the first so many of a fixed shuffle; None = all.
         holdout: share of train that is held out where the task has no validation split (1000 rows
             at most), by whole values of `splits.by` where the task names one.
+        validation_rows: choose by the first so many of a fixed shuffle; None = all.
         on_bad_rows: error, or skip, which leaves them out.
 
     Raises:
@@ -85,10 +87,11 @@ def read_for_training(
     train = read(task.splits.train)
     if task.splits.validation:
         names = task.splits.validation
-        held = read(names)
-        note = f"the checkpoint is chosen on the split {', '.join(names)}"
+        held = some(read(names), validation_rows)
+        note = f"the checkpoint is chosen on {len(held)} rows of the split {', '.join(names)}"
     else:
         train, held = _hold_out(task, train, holdout)
+        held = some(held, validation_rows)
         note = f"the checkpoint is chosen on {len(held)} rows held out of train"
     train = some(train, rows)
     if not train or not held:
@@ -217,10 +220,10 @@ def _file(task: Task, root: Path, name: str | None) -> Path:
         return found
     if name is not None and stem.parent.is_dir():
         raise _no_split(task, name, sorted(set(readable.values())), where=stem.parent)
-    raise TaskError(
-        f"{task.name}: {stem} is not there ({known_kinds()}). Put the files of {task.hub or 'it'} "
-        f"under these names, or unset {VARIABLE} to take them from the hub."
-    )
+    remedy = f"Put the files of {task.hub} there, or unset {VARIABLE} to take them from the hub."
+    if task.hub is None:
+        remedy = "Put its files there: it is read from local files only."
+    raise TaskError(f"{task.name}: {stem} is not there ({known_kinds()}). {remedy}")
 
 
 def _stem(path: Path) -> str:

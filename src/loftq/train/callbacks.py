@@ -45,6 +45,7 @@ class Recorder(TrainerCallback):
         self._capacity, self._before, self._scores = capacity, seconds, scores
         self._began = self._step_began = time.perf_counter()
         self._in_steps, self._first_step, self._tokens, self._seen = 0.0, 0, 0.0, 0.0
+        self._batches = 0
 
     @property
     def seconds(self) -> float:
@@ -83,6 +84,13 @@ class Recorder(TrainerCallback):
         row |= {name: float(logs[key]) for key, name in EXTRA.items() if key in logs}
         self._write(row)
         self._listener.step(row, self._pace(state))
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        self._batches += 1
+        self._listener.reading("batches", self._batches, len(eval_dataloader))
+        self._batches %= len(eval_dataloader)
 
     def on_evaluate(
         self,

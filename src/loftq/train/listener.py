@@ -77,6 +77,9 @@ class Listener:
     def step(self, row: Mapping[str, Any], pace: Pace) -> None:
         """A row of metrics.jsonl about a step."""
 
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Of a validation or the last scoring so many `what` (batches, rows) are read."""
+
     def validation(self, row: Mapping[str, Any], pace: Pace) -> None:
         """A row of metrics.jsonl about a validation."""
 

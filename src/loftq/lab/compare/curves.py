@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loftq.lab.compare.arms import Arm, parse_arm
 from loftq.lab.compare.statistics import Line
-from loftq.lab.compare.table import Comparison, lower_is_better
+from loftq.lab.compare.table import Comparison, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,12 +59,12 @@ def draw_curves(axes: Axes, found: Comparison, task: str, curves: Curves, colors
         if not rows:
             continue
         metric, up = rows[0][1].metric, rows[0][1].greater_is_better
-        scale = _scale(metric)
-        middle = [scale * float(s.median or 0) for _, s in rows]
+        times = scale(metric)
+        middle = [times * float(s.median or 0) for _, s in rows]
         ends = [s.spread or (float(s.median or 0),) * 2 for _, s in rows]
         errors = [
-            [m - scale * low for m, (low, _) in zip(middle, ends, strict=True)],
-            [scale * high - m for m, (_, high) in zip(middle, ends, strict=True)],
+            [m - times * low for m, (low, _) in zip(middle, ends, strict=True)],
+            [times * high - m for m, (_, high) in zip(middle, ends, strict=True)],
         ]
         axes.errorbar(
             [x for x, _ in rows], middle, yerr=errors, label=name,
@@ -74,7 +74,7 @@ def draw_curves(axes: Axes, found: Comparison, task: str, curves: Curves, colors
         summary = found.summary(line, task)
         if summary is not None and summary.median is not None:
             metric, up = summary.metric, summary.greater_is_better
-            height = _scale(metric) * summary.median
+            height = scale(metric) * summary.median
             axes.axhline(height, color=colors[place % len(colors)], lw=1.1, ls="--", label=line[0])
     axes.set_title(task, fontsize=10)
     axes.set_xlabel(SYMBOLS.get(curves.option, curves.option))
@@ -85,7 +85,3 @@ def _name(arm: Arm, option: str, line: Line) -> str:
     kept = [f"{key}={value}" for key, value in arm.options.items() if key != option]
     shape = [part for part in (line[1], None if line[2] is None else f"r = {line[2]}") if part]
     return ", ".join([":".join([arm.method, *kept]), *shape])
-
-
-def _scale(metric: str | None) -> int:
-    return 1 if lower_is_better(metric or "") else 100

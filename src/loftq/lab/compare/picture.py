@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.lab.compare.curves import curves_of, draw_curves
 from loftq.lab.compare.statistics import Line
-from loftq.lab.compare.table import Comparison, lower_is_better
+from loftq.lab.compare.table import Comparison, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,11 +76,11 @@ def _panel(axes: Axes, found: Comparison, task: str) -> None:
         if summary is None or row is None or row.bytes is None or summary.median is None:
             continue
         metric, up = summary.metric, summary.greater_is_better
-        scale = 1 if lower_is_better(metric or "") else 100
+        times = scale(metric)
         low, high = summary.spread or (summary.median, summary.median)
-        ends = [[scale * (summary.median - low)], [scale * (high - summary.median)]]
+        ends = [[times * (summary.median - low)], [times * (high - summary.median)]]
         place = places[line] / 1e6
-        axes.errorbar(place, scale * summary.median, yerr=ends, **_look(found, line))
+        axes.errorbar(place, times * summary.median, yerr=ends, **_look(found, line))
     axes.set_title(task, fontsize=10)
     axes.set_xscale("log")
     axes.set_ylabel(f"{metric or 'no row yet'} ({'higher' if up else 'lower'} is better)")

@@ -176,7 +176,12 @@ def summary_text(summary: Summary) -> str:
 def formatter(metric: str | None) -> Callable[[float], str]:
     """How a metric is written: losses and perplexities as they are, shares times 100."""
     found = [show for start, show in UNBOUNDED.items() if (metric or "").startswith(start)]
-    return found[0] if found else lambda value: f"{100 * value:.1f}"
+    return found[0] if found else lambda value: f"{scale(metric) * value:.1f}"
+
+
+def scale(metric: str | None) -> int:
+    """What a metric is multiplied by in tables and pictures: shares by 100."""
+    return 1 if lower_is_better(metric or "") else 100
 
 
 def lower_is_better(metric: str) -> bool:

@@ -70,6 +70,22 @@ class EnsembleResult:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AverageResult:
+    """Members and their average by the metrics of a task without classes."""
+
+    task: str
+    primary: str
+    """The headline metric."""
+    members: tuple[Mapping[str, Mapping[str, Mapping[str, Any]]], ...]
+    """Of each: split -> metric -> value, low, high, rows, interval."""
+    ensemble: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
 def quality(probabilities: NDArray[Any], labels: NDArray[Any]) -> Quality:
     """All scores of probabilities (rows, classes) against labels (rows,)."""
     ece = bootstrapped(
@@ -102,6 +118,8 @@ def result_of(
     """
     import numpy as np
 
+    # As row_losses floors them: the mean of what is floored, not the floored mean, obeys Jensen.
+    members = np.maximum(members, scores.FLOOR)
     mean = members.mean(0)
     # -log of a mean is at most the mean of -log, row by row and so on every batch of rows.
     each = np.stack([scores.row_losses(member, labels) for member in members])

@@ -32,7 +32,10 @@ def of_probabilities(name: str) -> Probabilities:
     """
     chosen = find_task(name)
     if not isinstance(chosen, Probabilities):
-        raise TaskError(f"{name}: is a {chosen.kind}; an ensemble averages class probabilities.")
+        raise TaskError(
+            f"{name}: is a {chosen.kind}, without probabilities of classes; give a classification "
+            "or a choice."
+        )
     return chosen
 
 

@@ -165,6 +165,7 @@ class Regression(_Labelled):
 
     span: tuple[float, float]
     kind: ClassVar[str] = "regression"
+    predicts_probabilities: ClassVar[bool] = False
 
     def head_options(self) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}
