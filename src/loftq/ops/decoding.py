@@ -43,7 +43,8 @@ def swiglu(x: Tensor, *, overlap: bool = False) -> Tensor:
         from loftq.ops.triton import decode_norm
 
         return decode_norm.swiglu(x, overlap=overlap)
-    return gate_reference(*x.chunk(2, -1), "silu")
+    gate, up = x.chunk(2, -1)
+    return gate_reference(gate, up, "silu")
 
 
 def rotate_and_store(
