@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from loftq.integrations.families import READ_ONE_INPUT
-from loftq.integrations.inference import active_adapter, undo_inference, why_not_folded
+from loftq.integrations.inference import (
+    active_adapter,
+    is_adapted,
+    undo_inference,
+    why_not_folded,
+)
 from loftq.integrations.pattern import activation_of, norm_of, rotary_forward
-from loftq.nn import QuantLinear
 from loftq.nn.group import Adapted, project
 from loftq.nn.packed import autocast
 from loftq.ops import pointwise
@@ -64,7 +68,7 @@ def fuse_for_training(model: nn.Module) -> TrainingPlan:
     undo_training(model)
     undo_inference(model)
     paths = {module: path for path, module in model.named_modules()}
-    adapted = [m for m in paths if isinstance(getattr(m, "base_layer", None), QuantLinear)]
+    adapted = [module for module in paths if is_adapted(module)]
     left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
     groups = _groups(paths, [m for m in adapted if paths[m] not in left])
     for layers in groups:
