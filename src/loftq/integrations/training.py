@@ -45,18 +45,24 @@ class TrainingPlan:
     left: dict[str, str] = field(default_factory=dict)
     """Paths of adapted packed layers that run PEFT's forward -> why."""
 
+    @property
+    def reasons(self) -> str:
+        """Which layers run PEFT's forward, a clause for each reason; "" if none does."""
+        paths: dict[str, list[str]] = {}
+        for path, why in self.left.items():
+            paths.setdefault(why, []).append(path)
+        return "; ".join(
+            f"{len(same)} layers run PEFT's forward ({why}): {same[0]}, ..."
+            for why, same in paths.items()
+        )
+
     def __str__(self) -> str:
         layers = sum(map(len, self.grouped))
-        lines = [
+        head = (
             f"training layer: {layers} adapted layers in {len(self.grouped)} groups; one kernel "
             f"for each of {self.norms} norms, {self.rotary} rotary embeddings, {self.gates} gates"
-        ]
-        reasons: dict[str, list[str]] = {}
-        for path, why in self.left.items():
-            reasons.setdefault(why, []).append(path)
-        for why, paths in reasons.items():
-            lines.append(f"{len(paths)} layers run PEFT's forward ({why}): {paths[0]}, ...")
-        return "; ".join(lines)
+        )
+        return f"{head}; {self.reasons}" if self.left else head
 
 
 def fuse_for_training(model: nn.Module) -> TrainingPlan:
