@@ -211,6 +211,15 @@ def test_adapters_of_another_kind_run_peft_and_the_plan_says_so(
     assert all(torch.isfinite(grad).all() for grad in step(model.train())[1].values())
 
 
+def test_layers_that_are_no_linears_run_peft_and_the_plan_says_so() -> None:
+    """GPT-2's Conv1D, whose weight lies the other way round."""
+    plan = fuse_for_training(packed("gpt2"))
+    assert not plan.grouped
+    assert len(plan.left) == 4 * zoo.BLOCKS
+    assert set(plan.left.values()) == {"QuantConv1D is no packed linear layer"}
+    assert "8 layers run PEFT's forward (QuantConv1D is no packed linear layer)" in str(plan)
+
+
 def test_an_adapter_on_a_part_of_a_group_is_a_group_of_its_own() -> None:
     base = packed("llama").unload()
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))

@@ -112,6 +112,24 @@ def check_groups():
                 problem.check(part, adapter=adapter)
 
 
+def check_trial():
+    """The trial passes the kernels, and fails each one of them that is a little off."""
+    from loftq.ops.triton import decode_probe as probe
+
+    cpu = torch.device("cpu")
+    assert probe.decoding_is_right(cpu)
+    for name in ("add_norm", "swiglu", "rotate_and_store", "attend"):
+        kernel = getattr(probe, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probe, name, lambda *args, kernel=kernel: off(kernel(*args)))
+            assert not probe.decoding_is_right(cpu), name
+
+
+def off(y):
+    """What a kernel gives, 10 % too large."""
+    return 1.1 * y if isinstance(y, torch.Tensor) else tuple(1.1 * part for part in y)
+
+
 def group(name, dtype, device, rows, tokens=3):
     """Members of one input, and a problem for each."""
     problems = [Problem(name, n, 192, tokens, dtype, device) for n in rows]
@@ -119,10 +137,12 @@ def group(name, dtype, device, rows, tokens=3):
     return members, problems
 
 
-@pytest.mark.parametrize("check", ["check_elementwise", "check_attention", "check_groups"])
+@pytest.mark.parametrize(
+    "check", ["check_elementwise", "check_attention", "check_groups", "check_trial"]
+)
 def test_kernels_are_as_exact_as_pytorch_interpreted(check):
     pytest.importorskip("triton", reason="needs triton")
-    arguments = "" if check == "check_groups" else "'cpu', t.torch.float16"
+    arguments = "" if check in ("check_groups", "check_trial") else "'cpu', t.torch.float16"
     code = f"import test_decoding as t; t.{check}({arguments}); print('exact')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])

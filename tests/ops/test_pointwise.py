@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,29 @@ def check_kernels() -> None:
         test_rotation(128, 2, dtype, "cpu")
 
 
-def test_the_kernels_hold_to_the_same_interpreted() -> None:
+def check_trial() -> None:
+    """The trial passes the kernels, and fails each one of them that is a little off."""
+    from loftq.ops.triton import pointwise as kernels
+    from loftq.ops.triton.pointwise_probe import pointwise_is_right
+
+    cpu = torch.device("cpu")
+    assert pointwise_is_right(cpu)
+    for name in ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, name, partial(slightly_off, getattr(kernels, name)))
+            assert not pointwise_is_right(cpu), name
+
+
+def slightly_off(kernel: Callable[..., Any], *args: Any) -> Any:
+    """What a kernel gives, 1 % too large."""
+    y = kernel(*args)
+    return 1.01 * y if isinstance(y, Tensor) else tuple(1.01 * part for part in y)
+
+
+@pytest.mark.parametrize("check", ["check_kernels", "check_trial"])
+def test_the_kernels_and_their_trial_interpreted(check: str) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    code = "import test_pointwise as t; t.check_kernels(); print('same')"
+    code = f"import test_pointwise as t; t.{check}(); print('same')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(

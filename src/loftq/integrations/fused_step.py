@@ -1,7 +1,7 @@
-"""One decoded token in a tenth of the launches: transformers' decoder layers from our own kernels.
+"""One decoded token in a quarter of the launches: transformers' layers from our own kernels.
 
 A layer of Llama takes transformers and PEFT about sixty launches for a token, of which most move a
-few thousand values. Here it takes thirteen: q, k, v in one packed product with their adapters, gate
+few thousand values. Here it takes fourteen: q, k, v in one packed product with their adapters, gate
 and up in another, and small kernels between (ops/decoding.py). Weights, adapters and the static
 cache are the model's own; nothing is copied and the model stays as it is.
 """
@@ -14,17 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq.integrations.families import READ_ONE_INPUT, why_no_family, without_peft
 from loftq.integrations.inference import active_adapter, why_not_folded
 from loftq.nn import QuantLinear
 from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap
 from loftq.ops.groups import Member, linears
 
-FUSED = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-)
-"""Models whose layers are: norm, attention with rotary embedding, norm, gated SiLU."""
-ATTENTION = ("q_proj", "k_proj", "v_proj")
 MOST_QUERIES = 16  # query heads of one key head: rows of the attention kernel
 
 
@@ -43,22 +39,16 @@ class _Layer:
 
 def why_not_fused(model: Any) -> str:
     """Reason that transformers' own forward decodes this model's tokens, or ""."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name, config = type(base).__name__, base.config
-    if name not in FUSED:
-        return f"{name} is not among those whose layers are known: {', '.join(sorted(FUSED))}"
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        return f"its activation is {config.hidden_act}, the kernel computes SiLU"
-    if _slides(config):
-        return "its attention slides over a window, the kernel reads the whole context"
+    base = without_peft(model)
+    if why := why_no_family(base):
+        return why
     attention = base.model.layers[0].self_attn
     if attention.head_dim not in (32, 64, 128, 256):
         return f"heads of {attention.head_dim} dimensions: the kernel holds 32, 64, 128 and 256"
     if attention.num_key_value_groups > MOST_QUERIES:
-        return f"{attention.num_key_value_groups} query heads share a key head, of 16 at most"
+        groups = attention.num_key_value_groups
+        return f"{groups} query heads share a key head: the kernel holds {MOST_QUERIES}"
     for path, module in base.model.layers.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"layers.{path} has forward hooks"
         name = path.rsplit(".", 1)[-1]
         if name.endswith("_proj") and (why := _why_no_member(name, module)):
             return f"layers.{path}: {why}"
@@ -79,7 +69,7 @@ class FusedStep:
     """
 
     def __init__(self, model: Any, cache: Any, *, overlap: bool = False) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_peft(model)
         self.model, self.head, self.cache = base.model, base.lm_head, cache
         self.layers = [_read(layer) for layer in self.model.layers]
         device = self.model.embed_tokens.weight.device
@@ -134,10 +124,10 @@ def _read(layer: Any) -> _Layer:
     if hasattr(attention, "q_norm"):
         q_norm, k_norm = attention.q_norm, attention.k_norm
         norms = (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
-    projections = [_packed(getattr(attention, name)) for name in ATTENTION]
+    projections = [_packed(getattr(attention, name)) for name in READ_ONE_INPUT]
     return _Layer(
         input_norm=(layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon),
-        qkv=tuple(_member(getattr(attention, name)) for name in ATTENTION),
+        qkv=tuple(_member(getattr(attention, name)) for name in READ_ONE_INPUT),
         bias=_bias(projections),
         head_norms=norms,
         scaling=attention.scaling,
@@ -181,13 +171,6 @@ def _why_no_member(name: str, module: nn.Module) -> str:
         return f"{type(base).__name__} is no packed linear layer"
     if base is not module and (why := why_not_folded(module)):
         return why
-    if base.bias is not None and name not in ATTENTION:
+    if base.bias is not None and name not in READ_ONE_INPUT:
         return "it has a bias, the kernels add those of q, k and v"
     return ""
-
-
-def _slides(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.nn import QuantLinear
+from loftq.nn import PackedLayer, QuantLinear
 from loftq.nn.packed import autocast
 from loftq.ops import quant_linear_lora
 
@@ -42,7 +42,7 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     model.eval()
     folded, left = [], {}
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), QuantLinear):
+        if is_adapted(module):
             if why := why_not_folded(module):
                 left[path] = why
             else:
@@ -58,10 +58,18 @@ def undo_inference(model: nn.Module) -> None:
             del module.forward
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether this is a PEFT layer around a packed one."""
+    return isinstance(getattr(module, "base_layer", None), PackedLayer)
+
+
 def why_not_folded(module: Any) -> str:
     """Reason that this PEFT layer cannot compute its adapter inside the packed product, or ""."""
     if type(module).__name__ != "Linear" or not hasattr(module, "lora_A"):
         return f"{type(module).__name__} is not PEFT's LoRA layer for linears"
+    base = module.base_layer
+    if isinstance(base, PackedLayer) and not isinstance(base, QuantLinear):
+        return f"{type(base).__name__} is no packed linear layer"
     if module.disable_adapters or module.merged:
         return "its adapters are disabled or merged"
     active = [name for name in module.active_adapters if name in module.lora_A]

@@ -1,8 +1,7 @@
 """A Llama-like model as the tensors that one C call per token needs, or why it is none.
 
-Llama, Mistral, Qwen2 and Qwen3 differ in biases, in norms of heads and in their rotation, all of
-which are read from the modules. A model counts only when it is of transformers' own class: a class
-of the same shape may compute something else.
+Which models count is said in families.py; here it is seen whether the library holds their formats,
+and everything that the call reads is collected.
 """
 
 from __future__ import annotations
@@ -10,20 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from loftq.integrations.guard import is_guard
-from loftq.integrations.inference import why_not_folded
+from loftq.integrations.families import READ_ONE_INPUT, why_hooked, why_no_family, without_peft
+from loftq.integrations.inference import active_adapter, why_not_folded
 from loftq.nn import QuantLinear
 from loftq.ops.cpu.decoder import BlockTensors, Linear, ModelTensors
 from loftq.ops.cpu.library import BITS, DTYPES, SCALES
 from loftq.ops.reference import PER_TENSOR
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose frequencies do not depend on the length so far."""
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = (*READ_ONE_INPUT, "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -44,8 +41,8 @@ def read_model(model: Any, capacity: int) -> ModelTensors:
     Raises:
         NotReadable: another family, or a part of it that the library does not compute.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _check_family(base, capacity)
+    base = without_peft(model)
+    _check(base, capacity)
     config, inner = base.config, base.model
     blocks = [_block(layer) for layer in inner.layers[: config.num_hidden_layers]]
     positions = torch.arange(capacity)[None]
@@ -61,28 +58,15 @@ def read_model(model: Any, capacity: int) -> ModelTensors:
     )
 
 
-def _check_family(base: Any, capacity: int) -> None:
-    name, config = type(base).__name__, base.config
+def _check(base: Any, capacity: int) -> None:
     devices = {parameter.device.type for parameter in base.parameters()}
     if devices != {"cpu"}:
         raise NotReadable(f"it lies on {', '.join(sorted(devices))}, not on the CPU")
-    if name not in FAMILIES or type(base) is not getattr(transformers, name):
-        raise NotReadable(f"{name} is none of transformers' {', '.join(FAMILIES)}")
-    if config.hidden_act not in ("silu", "swish"):
-        raise NotReadable(f"its activation is {config.hidden_act}, not silu")
-    kind = config.rope_parameters["rope_type"]
+    if why := why_no_family(base, capacity) or why_hooked(base):
+        raise NotReadable(why)
+    kind = base.config.rope_parameters["rope_type"]
     if kind not in ROTATIONS:
         raise NotReadable(f"its rotation is {kind}, none of {', '.join(ROTATIONS)}")
-    windows = {getattr(layer.self_attn, "sliding_window", None) for layer in base.model.layers}
-    if name == "MistralForCausalLM":
-        windows = {getattr(config, "sliding_window", None)}
-    shortest = min((window for window in windows if window is not None), default=capacity)
-    if shortest < capacity:
-        raise NotReadable(f"its attention slides over {shortest} tokens, {capacity} are wanted")
-    for path, module in base.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if not all(is_guard(hook) for hook in hooks):
-            raise NotReadable(f"{path or name} has hooks, which would not run")
 
 
 def _block(layer: Any) -> BlockTensors:
@@ -104,7 +88,7 @@ def _linear(name: str, module: Any) -> Linear:
     if hasattr(module, "base_layer"):
         if why := why_not_folded(module):
             raise NotReadable(f"{name}: {why}")
-        (active,) = (key for key in module.active_adapters if key in module.lora_A)
+        active = active_adapter(module)
         A, B = module.lora_A[active].weight, module.lora_B[active].weight
         adapter = A.detach(), B.detach(), module.scaling[active]
         module = module.base_layer

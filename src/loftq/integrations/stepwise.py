@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loftq.integrations.cpu_decoder import CpuDecoder, why_no_cpu_decoder
 from loftq.integrations.decode import Decoder, GraphDecoder
+from loftq.integrations.families import without_peft
 from loftq.integrations.inference import prepare_for_inference
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def why_not_stepwise(model: Any) -> str:
         return why_no_cpu_decoder(model)
     if kind != "cuda":
         return "graphs of steps are a CUDA feature"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     if not getattr(base, "_can_compile_fullgraph", False):
         return f"transformers cannot run {type(base).__name__} with a static cache"
     return ""

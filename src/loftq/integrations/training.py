@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.integrations.inference import undo_inference, why_not_folded
+from loftq.integrations.families import READ_ONE_INPUT
+from loftq.integrations.inference import (
+    active_adapter,
+    is_adapted,
+    undo_inference,
+    why_not_folded,
+)
 from loftq.integrations.pattern import activation_of, norm_of, rotary_forward
-from loftq.nn import QuantLinear
 from loftq.nn.group import Adapted, project
 from loftq.nn.packed import autocast
 from loftq.ops import pointwise
-
-SHARED_INPUT = ("q_proj", "k_proj", "v_proj")
-"""Names of siblings that read one input in every attention that has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,24 @@ class TrainingPlan:
     left: dict[str, str] = field(default_factory=dict)
     """Paths of adapted packed layers that run PEFT's forward -> why."""
 
+    @property
+    def reasons(self) -> str:
+        """Which layers run PEFT's forward, a clause for each reason; "" if none does."""
+        paths: dict[str, list[str]] = {}
+        for path, why in self.left.items():
+            paths.setdefault(why, []).append(path)
+        return "; ".join(
+            f"{len(same)} layers run PEFT's forward ({why}): {same[0]}, ..."
+            for why, same in paths.items()
+        )
+
     def __str__(self) -> str:
         layers = sum(map(len, self.grouped))
-        lines = [
+        head = (
             f"training layer: {layers} adapted layers in {len(self.grouped)} groups; one kernel "
             f"for each of {self.norms} norms, {self.rotary} rotary embeddings, {self.gates} gates"
-        ]
-        reasons: dict[str, list[str]] = {}
-        for path, why in self.left.items():
-            reasons.setdefault(why, []).append(path)
-        for why, paths in reasons.items():
-            lines.append(f"{len(paths)} layers run PEFT's forward ({why}): {paths[0]}, ...")
-        return "; ".join(lines)
+        )
+        return f"{head}; {self.reasons}" if self.left else head
 
 
 def fuse_for_training(model: nn.Module) -> TrainingPlan:
@@ -66,7 +74,7 @@ def fuse_for_training(model: nn.Module) -> TrainingPlan:
     undo_training(model)
     undo_inference(model)
     paths = {module: path for path, module in model.named_modules()}
-    adapted = [m for m in paths if isinstance(getattr(m, "base_layer", None), QuantLinear)]
+    adapted = [module for module in paths if is_adapted(module)]
     left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
     groups = _groups(paths, [m for m in adapted if paths[m] not in left])
     for layers in groups:
@@ -99,7 +107,7 @@ def why_not_trained(module: Any) -> str:
         return why
     if _is_foreign(module) or _is_foreign(module.base_layer):
         return "another library put a forward of its own in front of it"
-    (name,) = (name for name in module.active_adapters if name in module.lora_A)
+    name = active_adapter(module)
     if torch.is_grad_enabled() and not all(
         factors[name].weight.requires_grad for factors in (module.lora_A, module.lora_B)
     ):
@@ -209,7 +217,7 @@ def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:
         return []
     found = []
     for layer in layers:
-        (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
+        name = active_adapter(layer)
         A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
         found.append(Adapted(layer.base_layer, A, B, layer.scaling[name]))
     return found
@@ -221,9 +229,9 @@ def _groups(
     """The adapted layers by who reads the same input, each once."""
     found: dict[nn.Module, tuple[nn.Module, ...]] = {layer: (layer,) for layer in adapted}
     for module in modules:
-        layers = [getattr(module, name, None) for name in SHARED_INPUT]
+        layers = [getattr(module, name, None) for name in READ_ONE_INPUT]
         shared = tuple(layer for layer in layers if layer in found)
-        if len(shared) == len(SHARED_INPUT):
+        if len(shared) == len(READ_ONE_INPUT):
             found.update(dict.fromkeys(shared, shared))
     return list(dict.fromkeys(found.values()))
 

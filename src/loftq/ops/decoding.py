@@ -1,18 +1,20 @@
 """What a decoder layer does between its linear layers for one new token of each sequence.
 
-Each function is defined here in plain PyTorch; on a GPU a Triton kernel computes it in one or two
-launches (triton/decode_norm.py, triton/decode_attention.py). For inference: no gradient, and
-nothing for `torch.compile`. With `overlap` a launch starts while the one before it ends
-(triton/overlap.py); the caller has asked `may_overlap`.
+Each function is defined here in plain PyTorch (norm, rotation and gate by pointwise_reference.py,
+as in training); on a GPU a Triton kernel computes it in one or two launches (triton/decode_norm.py,
+triton/decode_attention.py). For inference: no gradient, and nothing for `torch.compile`. With
+`overlap` a launch starts while the one before it ends (triton/overlap.py); the caller has asked
+`may_overlap`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
 from loftq.ops.dispatch import why_no_decode_kernels
+from loftq.ops.pointwise_reference import gate_reference, rms_norm_reference, rotate_reference
 
 
 def add_norm(
@@ -32,7 +34,7 @@ def add_norm(
 
         return decode_norm.add_norm(x, delta, weight, eps, overlap=overlap)
     total = x if delta is None else x + delta
-    return total, _rms_norm(total, weight, eps)
+    return total, rms_norm_reference(total, weight, eps, 0.0)
 
 
 def swiglu(x: Tensor, *, overlap: bool = False) -> Tensor:
@@ -42,7 +44,7 @@ def swiglu(x: Tensor, *, overlap: bool = False) -> Tensor:
 
         return decode_norm.swiglu(x, overlap=overlap)
     gate, up = x.chunk(2, -1)
-    return silu(gate) * up
+    return gate_reference(gate, up, "silu")
 
 
 def rotate_and_store(
@@ -80,13 +82,15 @@ def rotate_and_store(
             x, bias, cos, sin, norms, keys, values, position, overlap=overlap
         )
     kv_heads, dim = keys.shape[1], keys.shape[3]
-    heads = (x if bias is None else x + bias).view(x.shape[0], -1, dim)
+    heads = (x if bias is None else x + bias).view(x.shape[0], -1, 1, dim)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     if norms is not None:
-        q, k = _rms_norm(q, norms[0], norms[2]), _rms_norm(k, norms[1], norms[2])
-    keys.index_copy_(2, position.view(1), _rotate(k, cos, sin)[:, :, None].to(keys.dtype))
-    values.index_copy_(2, position.view(1), v[:, :, None].to(values.dtype))
-    return _rotate(q, cos, sin)
+        q = rms_norm_reference(q, norms[0], norms[2], 0.0)
+        k = rms_norm_reference(k, norms[1], norms[2], 0.0)
+    q, k = (rotate_reference(u, cos[None, None], sin[None, None], False) for u in (q, k))
+    keys.index_copy_(2, position.view(1), k.to(keys.dtype))
+    values.index_copy_(2, position.view(1), v.to(values.dtype))
+    return q[:, :, 0]
 
 
 def attend(
@@ -120,14 +124,3 @@ def attend(
         enable_gqa=q.shape[1] != keys.shape[1],
     )  # fmt: skip
     return y.reshape(q.shape[0], -1)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin

@@ -117,7 +117,17 @@ def why_no_pointwise_kernels(x: Tensor, *, whole_rows: bool = False) -> str:
         return f"activations are {x.dtype}, the kernels compute in float32"
     if whole_rows and x.shape[-1] > LONGEST_ROW:
         return f"rows of {x.shape[-1]} columns are too long, a norm holds {LONGEST_ROW}"
-    return why_no_triton(x.device)
+    return why_no_pointwise(x.device)
+
+
+@lru_cache
+def why_no_pointwise(device: torch.device) -> str:
+    """Reason that a device runs none of the kernels of the training layer; "" if a trial worked."""
+    if why := why_no_triton(device):
+        return why
+    from loftq.ops.triton.pointwise_probe import pointwise_is_right
+
+    return _trial(pointwise_is_right, device)
 
 
 def dequantize_kernel(packed: Tensor, group_size: int) -> Callable[..., Tensor] | None:

@@ -1,7 +1,8 @@
 """What lies between the products of a block, in plain PyTorch: norm, rotation, gated activation.
 
-The definition that the kernels of ops/triton/pointwise.py are held to: float32 inside, rounded once
-to the dtype of the input.
+The definition that the kernels of training (ops/triton/pointwise.py) and of decoding
+(ops/triton/decode_norm.py, decode_attention.py) are held to: float32 inside (float64 for float64),
+rounded once to the dtype of the input.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """(offset + w) * x / sqrt(mean x^2 + eps) over the last dimension."""
-    return ((weight.float() + offset) * _normed(x, eps)[0]).to(x.dtype)
+    return ((_wide(weight) + offset) * _normed(x, eps)[0]).to(x.dtype)
 
 
 def rms_norm_backward_reference(
@@ -31,7 +32,7 @@ def rms_norm_backward_reference(
 ) -> Tensor:
     """(h - n mean(h n)) / r, with r = sqrt(mean x^2 + eps), n = x / r, h = dL/dy (offset + w)."""
     n, inverse = _normed(x, eps)
-    h = grad.float() * (weight.float() + offset)
+    h = _wide(grad) * (_wide(weight) + offset)
     return (inverse * (h - n * (h * n).mean(-1, keepdim=True))).to(x.dtype)
 
 
@@ -45,9 +46,9 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tens
         cos, sin: (batch or 1, tokens, width).
         inverse: the gradient's way.
     """
-    x1, x2 = x.float().chunk(2, -1)
-    c1, c2 = cos.float().unsqueeze(1).chunk(2, -1)
-    s1, s2 = sin.float().unsqueeze(1).chunk(2, -1)
+    x1, x2 = _wide(x).chunk(2, -1)
+    c1, c2 = _wide(cos).unsqueeze(1).chunk(2, -1)
+    s1, s2 = _wide(sin).unsqueeze(1).chunk(2, -1)
     if inverse:
         halves = (x1 * c1 + x2 * s2, x2 * c2 - x1 * s1)
     else:
@@ -57,20 +58,24 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tens
 
 def gate_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up."""
-    return (ACTIVATIONS[activation](gate.float()) * up.float()).to(gate.dtype)
+    return (ACTIVATIONS[activation](_wide(gate)) * _wide(up)).to(gate.dtype)
 
 
 def gate_backward_reference(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """(dL/dgate, dL/dup) of act(gate) * up."""
-    g, value = gate.float(), grad.float()
-    grad_gate = value * up.float() * _slope(g, activation)
+    g, value = _wide(gate), _wide(grad)
+    grad_gate = value * _wide(up) * _slope(g, activation)
     return grad_gate.to(gate.dtype), (value * ACTIVATIONS[activation](g)).to(up.dtype)
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.float()
+    wide = _wide(x)
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide * inverse, inverse
 

@@ -202,6 +202,7 @@ def _kernels() -> Iterator[Check]:
     kinds = (
         ("kernels", dispatch.why_no_kernels, "weights are unpacked before each product"),
         ("decoding", dispatch.why_no_decoding, "each token takes several times as many launches"),
+        ("training", dispatch.why_no_pointwise, "norms and gates of a training step are slower"),
     )
     for index in range(torch.cuda.device_count()):
         for kind, look, limit in kinds:
@@ -223,7 +224,7 @@ def _cpu_library() -> Iterator[Check]:
 
     why, name = library.why_no_library(), "cpu library"
     if why:
-        slow = "everything works, but on the CPU weights are unpacked before each product"
+        slow = "everything works, but weights are unpacked before each product and chat is slower"
         yield Check(name=name, status="info", found=why, advice=slow)
         return
     found = library.find_library()

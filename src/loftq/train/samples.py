@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def answer(
         model: a causal or an encoder-decoder model, on any device; its mode is kept.
         tokenizer: its tokenizer, with a pad token.
         prompts: token ids of each prompt.
-        tokens: the most tokens of an answer.
+        tokens: the most tokens of an answer; fewer where the context of a causal model ends.
         stop: ids that end an answer.
         beams: 1 = greedy.
 
@@ -49,7 +50,7 @@ def answer(
         found = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=tokens,
+            max_new_tokens=min(tokens, _room(model, ids.shape[1])) if left else tokens,
             num_beams=beams,
             do_sample=False,
             temperature=None,
@@ -63,6 +64,12 @@ def answer(
     answers = found[:, ids.shape[1] :] if left else found
     texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
+
+
+def _room(model: Any, length: int) -> int:
+    """Tokens that fit behind a prompt, at least one: a table of positions has no row beyond."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return max(1, positions - length) if isinstance(positions, int) else sys.maxsize
 
 
 def stop_tokens(tokenizer: Any, rows: Iterable[Sequence[int]]) -> list[int]:

@@ -104,7 +104,7 @@ class Sitting(ABC):
         if plan.grouped:
             return str(plan)
         undo_training(self.model)
-        return f"without the training layer; {plan}" if plan.left else ""
+        return f"without the training layer: {plan.reasons}" if plan.left else ""
 
     @property
     def first_step(self) -> int:
