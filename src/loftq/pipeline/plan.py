@@ -19,7 +19,6 @@ from torch import Tensor
 from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
-from loftq.methods import find_method
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -210,7 +209,10 @@ class Plan:
         if self.calibration is None:
             return None
         infos = [layer.info for layer in self.layers if layer.rank]
-        return calibration_cost(self.calibration, infos, self.device)
+        rehearsals = 0.0
+        if self.config.resolved_method().sequential:
+            rehearsals = sum(b.gram for b in self.batches) / max(1, self.layout.blocks)
+        return calibration_cost(self.calibration, infos, self.device, rehearsals=rehearsals)
 
     @property
     def refinement_seconds(self) -> float:
@@ -420,9 +422,7 @@ def _unmet(
     """What a method that needs statistics lacks."""
     problems = []
     if calibration is None:
-        refined = find_method(config.method).needs == "none"  # which alone would need no text
-        what = f"refine={config.refine}" if refined else f"method={config.method}"
-        problems.append(missing_data(what))
+        problems.append(missing_data(config.text_reader))
     if config.resolved_method().needs == "fisher" and layout.task_type != "CAUSAL_LM":
         problems.append(
             f"{layout.architecture}: {config.method} weighs by gradients of the next token's loss, "
@@ -439,7 +439,7 @@ def _unmet(
     if embedded:
         problems.append(
             f"{embedded[0]}: an embedding has no inputs to calibrate on. Leave embeddings=true "
-            f"out, or choose a method that needs no text instead of {config.method}."
+            f"out, or {config.text_reader} for a choice that needs no text."
         )
     return problems
 
