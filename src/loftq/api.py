@@ -88,7 +88,7 @@ def quantize(
         device: "cpu", "cuda", ...; None = the GPU if there is one.
         max_shard_bytes: size at which the weights are split over files.
         overwrite: replace a finished output that was made with other settings.
-        on_plan: called with the plan before the first weight is read.
+        on_plan: called with the plan before anything is written.
         on_batch: called after each batch (pipeline.run.OnBatch).
         on_block: called when the statistics of a block are taken (calibrate.OnBlock).
         on_cost: called when a layer's cost is measured for an allocation (allocate.OnCost), before

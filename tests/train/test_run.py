@@ -302,6 +302,20 @@ def test_a_full_precision_model_is_refined_before_it_is_trained(
     assert seen == []  # by the backbone of the first
 
 
+def test_a_full_precision_model_takes_a_table_of_costs(
+    train: Callable, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    options = {"allocation": "error", "bits": 2.8, "rank": 4, "statistics": str(tmp_path / "kept")}
+    with pytest.raises(ValueError, match=r"costs are not measured yet\. `loftq plan --measure`"):
+        train(model, chats, tmp_path / "run", max_steps=1, **options)
+    choice = loftq.plan(model, measure=True, **options).choice
+    train(model, chats, tmp_path / "run", max_steps=1, **options)
+    packed = Path(json.loads((tmp_path / "run/base.json").read_text())["path"])
+    assert choice is not None
+    record = json.loads((packed / "loftq.json").read_text())
+    assert {layer["name"]: layer["format"] for layer in record["layers"]} == choice.formats
+
+
 def test_an_early_stop(train: Callable, out: Path, chats: Path, tmp_path: Path) -> None:
     result = train(
         out, chats, tmp_path / "run", learning_rate=3.0, max_steps=40, eval_steps=1, early_stop=2

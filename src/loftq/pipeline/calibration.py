@@ -144,7 +144,7 @@ def missing_data(what: str) -> str:
     without = ", ".join(name for name, row in METHODS.items() if row.needs == "none")
     return (
         f"{what}: needs text to calibrate on. Give a file with --data (.txt, .raw or "
-        f".jsonl, also .gz; not a test split). These do without: {without}."
+        f".jsonl, also .gz; not a test split). These methods do without, unless refined: {without}."
     )
 
 
