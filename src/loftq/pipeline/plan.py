@@ -285,15 +285,7 @@ def make_plan(
     )
     gram, method = _needs_gram(config), config.resolved_method()
     limit = _batch_limit(device, gram)
-    by_tensor = {layer.info.tensor: layer for layer in layers}
-    stored: list[TensorSpec] = []
-    copied: list[TensorSpec] = []
-    for entry in source.tensors.values():
-        if entry.name in by_tensor:
-            stored += by_tensor[entry.name].packed()
-        else:
-            copied.append(TensorSpec(entry.name, entry.dtype, entry.shape))
-            stored.append(copied[-1])
+    stored, copied = _stored(layers, source)
     plan = Plan(
         config=config,
         layout=layout,
@@ -309,6 +301,22 @@ def make_plan(
     )
     shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
     return replace(plan, shards=(*shards, ShardFile.plan(ADAPTER_FILE, _adapter_tensors(plan))))
+
+
+def _stored(
+    layers: Sequence[PlannedLayer], source: Source
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Tensors of the backbone in the source's order, and those among them that are copied."""
+    by_tensor = {layer.info.tensor: layer for layer in layers}
+    stored: list[TensorSpec] = []
+    copied: list[TensorSpec] = []
+    for entry in source.tensors.values():
+        if entry.name in by_tensor:
+            stored += by_tensor[entry.name].packed()
+        else:
+            copied.append(TensorSpec(entry.name, entry.dtype, entry.shape))
+            stored.append(copied[-1])
+    return stored, copied
 
 
 def _adapter_tensors(plan: Plan) -> list[TensorSpec]:
@@ -344,15 +352,10 @@ def planned_formats(
 ) -> dict[str, FormatSpec]:
     """Format of every layer: tables in 8 bits, the rest by depth, choice and the user's patterns.
 
-    Raises:
-        PlanError: a measured allocation without what it chose.
+    A measured allocation must come with what it chose (pipeline/allocate.py).
     """
     measured = config.allocation_row().measured
-    if measured and choice is None:
-        raise PlanError(
-            f"allocation={config.allocation}: the costs of these layers are not measured yet. "
-            "`loftq plan --measure` does so and keeps them, and so does `loftq quantize`."
-        )
+    assert not measured or choice is not None, f"allocation={config.allocation} without its choice"
     default = config.default_format()
     overrides = {pattern: parse_format(name) for pattern, name in config.formats.items()}
     tables = {info.module: config.table_format() for info in layout.layers if not info.adapted}
