@@ -154,6 +154,43 @@ def test_costs_may_come_from_another_method(place: Path) -> None:  # noqa: F811
         loftq.plan(place / "llama", costs_by="none")
 
 
+def test_an_interrupted_refinement_of_an_allocation_goes_on(
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The output is whole by then and holds no journal: it is neither refused nor made again."""
+    from loftq.integrations.refine.sitting import Sitting
+
+    settings = options(place, allocation="error", refine="block", refine_epochs=1)
+    loftq.quantize(place / "llama", place / "whole", **settings)
+    real = Sitting._write
+
+    def stopping(self: Sitting, name: str, value: object) -> None:
+        real(self, name, value)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sitting, "_write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        loftq.quantize(place / "llama", place / "out", **settings)
+    monkeypatch.setattr(Sitting, "_write", real)
+    with pytest.raises(ValueError, match="holds a finished model"):
+        loftq.quantize(place / "llama", place / "out", **{**settings, "refine_epochs": 2})
+    loftq.quantize(place / "llama", place / "out", **settings)
+    start = "init_adapter/adapter_model.safetensors"
+    assert (place / "out" / start).read_bytes() == (place / "whole" / start).read_bytes()
+    with pytest.raises(ValueError, match="holds a finished model"):
+        loftq.quantize(place / "llama", place / "out", **settings)
+
+
+def test_a_refinement_changes_no_cost(place: Path) -> None:  # noqa: F811
+    settings = options(place, allocation="error", method="loftq")
+    plain = loftq.plan(place / "llama", measure=True, **settings)
+    refined = loftq.plan(place / "llama", refine="distill", **settings)  # by the same table
+    assert refined.choice == plain.choice
+    fast = loftq.plan(place / "llama", measure=True, **{**settings, "method": "fast"})
+    assert loftq.plan(place / "llama", **{**settings, "method": "max"}).choice == fast.choice
+
+
 def test_named_formats_and_tables_stay_out_of_the_budget(place: Path) -> None:  # noqa: F811
     settings = options(place, allocation="error", formats={"*.down_proj": "nf4"}, head=8)
     planned = loftq.plan(place / "llama", measure=True, **settings)
@@ -164,6 +201,23 @@ def test_named_formats_and_tables_stay_out_of_the_budget(place: Path) -> None:  
     assert by_name["model.layers.0.mlp.down_proj"] == "nf4-g64-dq"
     assert by_name["lm_head"] == "sint8-g64-f16"
     assert 8 * choice.nbytes / choice.weights <= 2.8
+
+
+def test_a_model_in_training_is_measured_without_dropout(place: Path) -> None:  # noqa: F811
+    from transformers import AutoTokenizer
+
+    def factors(training: bool) -> dict[str, torch.Tensor]:
+        model = zoo.build("gpt2").train(training)
+        assert any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+        tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+        chosen = {"method": "lq-lora", "bits": 4, "calibration_windows": 2}
+        made = loftq.quantize_model(model, tokenizer=tokenizer, **options(place, **chosen))
+        assert made.get_base_model().training is training
+        return {name: p for name, p in made.state_dict().items() if "lora_" in name}
+
+    evaluated = factors(False)
+    for name, factor in factors(True).items():
+        assert torch.equal(factor, evaluated[name])
 
 
 def test_a_loaded_model_gets_the_same_formats(place: Path) -> None:  # noqa: F811
@@ -222,3 +276,10 @@ def test_costs_of_a_sequential_method_are_refused_and_those_of_another_taken(
         loftq.plan(place / "llama", measure=True, **settings)
     planned = loftq.plan(place / "llama", measure=True, costs_by="qera-exact", **settings)
     assert planned.choice is not None
+
+
+def test_memory_and_a_measured_allocation_exclude_each_other(place: Path) -> None:  # noqa: F811
+    from loftq.train.memory.source import configurable
+
+    with pytest.raises(ValueError, match=r"allocation=kl: memory chooses one width .* train OUT"):
+        configurable(place / "llama", {"allocation": "kl", "bits": 2.8})

@@ -1,8 +1,9 @@
 """Ways to spend a budget of bits on layers, before (and, with --tune, after) a short tuning.
 
     python benchmarks/quality/allocation.py MODEL_FOLDER --data wiki.test.raw.gz
-        --calibrate c4_sample.jsonl.gz [--tune wiki.valid.raw.gz --seeds 3] [--method qera-exact]
-        [--rank 16] [--rows first:2.5 error:2.5 error:2.5:loftq kl:2.5 ...]
+        --calibrate c4_sample.jsonl.gz [--choose wiki.valid.raw.gz] [--gsm8k test.jsonl]
+        [--tune wiki.valid.raw.gz --seeds 3] [--method qera-exact] [--rank 16]
+        [--rows first:2.5 error:2.5 error:2.5:loftq kl:2.5 ...]
         [--device cuda] [--out rows.jsonl]
 
 A row is ALLOCATION:BITS[:METHOD]; METHOD is the one that costs are measured with, all rows are then
@@ -17,15 +18,22 @@ starts no further step after these, and with --out what is there already is not 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from calibrated import about, output_error, read_texts, scored, solve, spread, tuned
+from calibrated import (
+    about,
+    applied,
+    arguments,
+    kept_rows,
+    read_texts,
+    scored,
+    solve,
+    spread,
+    tuned,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -37,7 +45,6 @@ from loftq.integrations.blocks import LoadedBlocks
 from loftq.pipeline.allocate import sharing_layers
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.plan import Plan, make_plan
-from loftq.pipeline.stream import oriented
 
 ROWS = tuple(
     f"{allocation}:{bits}{costs}"
@@ -75,6 +82,7 @@ class Bench:
             "rank": args.rank,
             "data": str(args.calibrate),
             "calibration_windows": args.calibration_windows,
+            "calibration_context": args.calibration_context,
             "statistics": args.statistics,
         }
         return QuantizeConfig.from_dict({**shared, **options})
@@ -121,20 +129,15 @@ class Bench:
         gram = self.planned(self.config(method="cloq", format="nf4"))  # for the errors of all rows
         known = calibrate.take_statistics(gram, self.windows, self.measuring.open_blocks)
         solving = time.perf_counter()
-        starts = {path: start for path, start, _ in solve(plan, self.source, known)}
+        layers = solve(plan, self.source, self.windows, self.model)
+        starts = {path: start for path, start, _ in layers}
         solved = time.perf_counter()
-        effective, errors = copy.deepcopy(self.model), []
-        for layer in plan.layers:
-            start, path = starts[layer.info.module], layer.info.module
-            weight = effective.get_parameter(f"{path}.weight").data
-            now = oriented(start.Q + start.B @ start.A, layer.info)
-            errors.append(output_error(weight, now, known.read(path, "gram").gram))
-            weight.copy_(now)
+        effective, mean = applied(self.model, plan, starts, known)
         found = {
             "row": f"{self.args.method}:{row}:{self.args.rank}",
             "bits": plan.bits_per_weight,
             "total_bytes": plan.packed_bytes + plan.copied_bytes + plan.adapter_bytes,
-            "output_error": sum(errors) / len(errors),
+            "output_error": mean,
             "allocate_s": chosen - begin,
             "solve_s": solved - solving,
             "formats": {layer.info.module: str(layer.spec) for layer in plan.layers},
@@ -161,20 +164,8 @@ def show(rows: list[dict], head: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="test text")
-    parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
-    parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
-    parser.add_argument("--tune", type=Path, help="text to tune on; leave out for no tuning")
-    parser.add_argument("--seeds", type=int, default=1, help="tunings of each row")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after these")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--windows", type=int, help="test windows; default all")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--calibration-windows", type=int, default=128)
+    parser = arguments(__doc__)
     parser.add_argument("--allocation-windows", type=int, default=4)
-    parser.add_argument("--statistics", help="folder of statistics; default the user's cache")
     parser.add_argument("--method", default="qera-exact")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
@@ -182,7 +173,6 @@ def main() -> None:
         help="narrowest first",
     )  # fmt: skip
     parser.add_argument("--rows", nargs="+", default=ROWS)
-    parser.add_argument("--out", type=Path, help="JSON lines, continued where it ended")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -190,9 +180,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     bench = Bench(args, model.to(args.device))
     texts = read_texts(args, bench.tokenizer)
-    done: dict[str, dict] = {}
-    if args.out is not None and args.out.exists():
-        done = {r["row"]: r for r in map(json.loads, args.out.read_text().splitlines())}
+    done = {row["row"]: row for row in kept_rows(args)}
 
     def late() -> bool:
         return time.perf_counter() - begin > args.seconds

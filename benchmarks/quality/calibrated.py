@@ -29,7 +29,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from loftq.calibration import read_documents
+from loftq.calibration import StatisticsStore, read_documents
 from loftq.checkpoint import open_checkpoint
 from loftq.eval import encode, perplexity, read_text
 from loftq.integrations import calibrate, discover
@@ -60,7 +60,6 @@ CHOICES = {field.name for field in fields(Method)} - {
 }
 STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
 PART = 4  # windows whose logits are in memory together
-CONTEXT = 1024  # of a calibration window
 OTHERS = 64  # most windows of the texts besides --data
 
 
@@ -85,13 +84,41 @@ class Lora(nn.Module):
         return F.linear(x, self.Q.to(x.dtype)) + F.linear(F.linear(x, self.A), self.B)
 
 
-def solve(plan: Plan, source: Any, known: Any) -> Iterator[tuple[str, Start, dict]]:
+def solve(
+    plan: Plan, source: Any, windows: Any, model: nn.Module
+) -> Iterator[tuple[str, Start, dict]]:
     """(module, what is stored, record) of every layer, decoded from the packed form."""
-    for done in solved_batches(plan, plan.batches, source, known):
-        for i, layer in enumerate(done.batch.layers):
-            Q = done.solution.quantized[i].dequantize()
-            start = Start(Q, done.solution.lora_A[i], done.solution.lora_B[i])
-            yield layer.info.module, start, done.solution.records[i].to_dict()
+    with ExitStack() as stack:
+        known = None
+        if plan.calibration is not None:
+            known = calibrate.open_statistics(
+                plan, windows, lambda: LoadedBlocks(model), recall=nothing,
+                open_whole=lambda: model,
+            )  # fmt: skip
+            stack.callback(known.close)
+        for done in solved_batches(plan, plan.batches, source, known):
+            for i, layer in enumerate(done.batch.layers):
+                Q = done.solution.quantized[i].dequantize()
+                start = Start(Q, done.solution.lora_A[i], done.solution.lora_B[i])
+                yield layer.info.module, start, done.solution.records[i].to_dict()
+
+
+def nothing(layer: str) -> None:
+    """No layer was solved by an earlier run."""
+
+
+def applied(
+    model: nn.Module, plan: Plan, starts: dict[str, Start], known: StatisticsStore
+) -> tuple[nn.Module, float]:
+    """A dense copy of the model with the starts in place, and the layers' mean output error."""
+    effective, errors = copy.deepcopy(model), []
+    for layer in plan.layers:
+        start, path = starts[layer.info.module], layer.info.module
+        weight = effective.get_parameter(f"{path}.weight").data
+        now = oriented(start.Q + start.B @ start.A, layer.info)
+        errors.append(output_error(weight, now, known.read(path, "gram").gram))
+        weight.copy_(now)
+    return effective, sum(errors) / len(errors)
 
 
 def replaced(model: nn.Module, starts: dict[str, Start]) -> nn.Module:
@@ -144,6 +171,7 @@ def planned(
             "rank": int(rank),
             "data": str(args.calibrate),
             "calibration_windows": args.calibration_windows,
+            "calibration_context": args.calibration_context,
             "statistics": args.statistics,
             **extra,
         }
@@ -181,39 +209,23 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
     )
     taken = time.perf_counter()
     starts, records = {}, []
-    found = known
-    if plan.config.resolved_method().sequential:
-        found = calibrate.open_statistics(
-            plan, windows, lambda: LoadedBlocks(model), recall=nothing
-        )
-    with closing(found):
-        for path, start, record in solve(plan, source, found):
-            starts[path] = start
-            records.append(record)
+    for path, start, record in solve(plan, source, windows, model):
+        starts[path] = start
+        records.append(record)
     solved = time.perf_counter()
-    effective, errors = copy.deepcopy(model), []
-    for layer in plan.layers:
-        start = starts[layer.info.module]
-        weight = effective.get_parameter(f"{layer.info.module}.weight").data
-        now = oriented(start.Q + start.B @ start.A, layer.info)
-        errors.append(output_error(weight, now, known.read(layer.info.module, "gram").gram))
-        weight.copy_(now)
+    effective, mean = applied(model, plan, starts, known)
     return {
         "row": row,
         "bits": plan.bits_per_weight,
         "total_bytes": plan.packed_bytes + plan.copied_bytes + plan.adapter_bytes,
         "error": sum(record["error"] for record in records) / len(records),
-        "output_error": sum(errors) / len(errors),
+        "output_error": mean,
         "calibrate_s": taken - begin,
         "solve_s": solved - taken,
         "notes": sum(bool(record["notes"]) for record in records),
         "before": scored(args, effective, texts),
         "starts": starts,
     }
-
-
-def nothing(layer: str) -> None:
-    """No layer was solved by an earlier run."""
 
 
 def fresh(model: nn.Module, rank: int, seed: int) -> dict[str, Start]:
@@ -273,24 +285,46 @@ def spread(values: list[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.2f}-{max(values):.2f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """What every script that scores and tunes as this one does is told; `doc` is its docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="test text")
     parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
     parser.add_argument("--choose", type=Path, help="text to choose between rows by")
     parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
     parser.add_argument("--tune", type=Path, help="text to tune on; leave out for no tuning")
-    parser.add_argument("--tuned", nargs="+", help="rows to tune; default all")
     parser.add_argument("--seeds", type=int, default=1, help="tunings of each row")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after these")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after these")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, help="test windows; default all")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--calibration-context", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--statistics", help="folder of statistics; default the user's cache")
-    parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--out", type=Path, help="JSON lines, continued where it ended")
+    return parser
+
+
+def kept_rows(args: argparse.Namespace) -> list[dict]:
+    """Rows that --out holds from an earlier run."""
+    if args.out is None or not args.out.exists():
+        return []
+    return [json.loads(line) for line in args.out.read_text().splitlines()]
+
+
+def keep_row(args: argparse.Namespace, row: dict) -> None:
+    """Print a row, and add it to --out."""
+    print(json.dumps(row), flush=True)
+    if args.out is not None:
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--tuned", nargs="+", help="rows to tune; default all")
+    parser.add_argument("--rows", nargs="+", default=ROWS)
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -299,10 +333,7 @@ def main() -> None:
     ids = None if args.tune is None else encode(tokenizer, read_text(args.tune))
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
-    rows: list[dict] = []
-    failed: list[str] = []
-    if args.out is not None and args.out.exists():
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+    rows, failed = kept_rows(args), []
     print(f"reference {scored(args, model, texts)}", flush=True)
     for row in args.rows:
         if row in {known["row"] for known in rows}:
@@ -324,10 +355,7 @@ def main() -> None:
             found["tune_s"] = time.perf_counter() - start
         found.pop("starts", None)
         rows.append(found)
-        print(json.dumps(found), flush=True)
-        if args.out is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+        keep_row(args, found)
     show(rows, about(args))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
@@ -337,7 +365,7 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
     """Token ids of the test texts; of the calibration file, what lies behind its windows."""
     texts = {"wiki": encode(tokenizer, read_text(args.data))}
     c4 = encode(tokenizer, "\n\n".join(read_documents(args.calibrate)))
-    if len(rest := c4[args.calibration_windows * CONTEXT :]) >= 2048:
+    if len(rest := c4[args.calibration_windows * args.calibration_context :]) >= 2048:
         texts["c4"] = rest
     if args.choose is not None:
         texts["valid"] = encode(tokenizer, read_text(args.choose))

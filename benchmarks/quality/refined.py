@@ -1,14 +1,15 @@
 """Refinements of one start, before (and, with --tune, after) a short tuning: perplexity, seconds.
 
     python benchmarks/quality/refined.py MODEL_FOLDER --data wiki.test.raw.gz
-        --calibrate c4_sample.jsonl.gz [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
+        --calibrate c4_sample.jsonl.gz --work FOLDER [--choose wiki.valid.raw.gz]
+        [--gsm8k test.jsonl] [--tune wiki.valid.raw.gz --seeds 3]
         [--rows fast:int2-g64-dq:64:block-distill fast:int2-g64-dq:64:distill:epochs=4 ...]
-        [--refine-text FILE --refine-windows N] [--work FOLDER] [--device cuda] [--out rows.jsonl]
+        [--refine-text FILE --refine-windows N] [--device cuda] [--out rows.jsonl]
 
 A row is METHOD:FORMAT:RANK:REFINEMENT[:epochs=E/E][:rate=R/R][:batch=B/B][:error=KIND/KIND], with a
 value per stage; `none` is the start itself. Rows of one METHOD:FORMAT:RANK refine the same packed
-folder, quantized once into --work. Texts, protocol and tuning are those of calibrated.py, beside
-whose rows these may stand; `valid` is --tune's text before tuning, for choosing settings.
+folder, quantized once into --work. Arguments, texts, protocol and tuning are those of
+calibrated.py, beside whose rows these may stand.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def packed(args: argparse.Namespace, start: str) -> tuple[Path, QuantizeConfig]:
         data=str(args.calibrate),
         calibration_windows=args.calibration_windows,
         calibration_context=args.calibration_context,
-        statistics=str(args.work / "statistics"),
+        statistics=args.statistics or str(args.work / "statistics"),
         refine="none",
     )
     if not (folder / "config.json").exists():
@@ -138,37 +139,19 @@ def starts_of(model: Any, device: torch.device) -> dict[str, calibrated.Start]:
     return starts
 
 
-def measure(
-    args: argparse.Namespace, model: nn.Module, row: str, source: Any, texts: dict, valid: Any
-) -> dict:
+def measure(args: argparse.Namespace, model: nn.Module, row: str, source: Any, texts: dict) -> dict:
     """All numbers of a row but those after tuning, and its starts."""
     found, starts = refined(args, row, source)
     adapted = calibrated.replaced(model, starts)
-    known = {"before": calibrated.scored(args, adapted, texts), "starts": starts}
-    if valid is not None:
-        known |= {"valid": calibrated.scored(args, adapted, {"valid": valid})["valid"]}
-    return found | known
+    return found | {"before": calibrated.scored(args, adapted, texts), "starts": starts}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="test text")
-    parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
-    parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
-    parser.add_argument("--tune", type=Path, help="text to tune on; leave out for no tuning")
-    parser.add_argument("--seeds", type=int, default=1, help="tunings of each row; 0 = none")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--windows", type=int, help="test windows; default all")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--calibration-windows", type=int, default=128)
-    parser.add_argument("--calibration-context", type=int, default=1024)
+    parser = calibrated.arguments(__doc__)
     parser.add_argument("--refine-text", type=Path, help="text to refine on; default --calibrate")
     parser.add_argument("--refine-windows", type=int, default=128, help="of --refine-text")
     parser.add_argument("--work", type=Path, required=True, help="folder for packed starts")
     parser.add_argument("--rows", nargs="+", required=True)
-    parser.add_argument("--out", type=Path, help="JSON lines, continued where it ended")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -178,9 +161,7 @@ def main() -> None:
     ids = None if args.tune is None else encode(tokenizer, read_text(args.tune))
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
-    rows = []
-    if args.out is not None and args.out.exists():
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+    rows, failed = calibrated.kept_rows(args), []
     for row in args.rows:
         if row in {known["row"] for known in rows}:
             continue
@@ -188,24 +169,21 @@ def main() -> None:
             print(f"{row}: no time left")
             continue
         try:
-            found = measure(args, model, row, source, texts, ids)
-            starts = found.pop("starts")
-            print(json.dumps(found), flush=True)
-            if ids is not None and args.seeds:
+            found = measure(args, model, row, source, texts)
+            if ids is not None:
                 start = time.perf_counter()
-                found["after"] = calibrated.tuned(
-                    args, model, {**found, "starts": starts}, texts, ids
-                )
+                found["after"] = calibrated.tuned(args, model, found, texts, ids)
                 found["tune_s"] = time.perf_counter() - start
+            found.pop("starts")
         except (RuntimeError, ValueError) as error:  # the other rows are worth having
+            failed.append(row)
             print(f"{row}: {type(error).__name__}: {error}", flush=True)
             continue
         rows.append(found)
-        print(json.dumps(found), flush=True)
-        if args.out is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+        calibrated.keep_row(args, found)
     calibrated.show(rows, calibrated.about(args))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def quantize(
         device: "cpu", "cuda", ...; None = the GPU if there is one.
         max_shard_bytes: size at which the weights are split over files.
         overwrite: replace a finished output that was made with other settings.
-        on_plan: called with the plan before the first weight is read.
+        on_plan: called with the plan before anything is written.
         on_batch: called after each batch (pipeline.run.OnBatch).
         on_block: called when the statistics of a block are taken (calibrate.OnBlock).
         on_cost: called when a layer's cost is measured for an allocation (allocate.OnCost), before
@@ -106,7 +106,7 @@ def quantize(
     chosen = device or default_device()
     check_device(chosen)
     config, target = _config(options), Path(output)
-    if config.allocation_row().measured:  # it takes minutes to plan
+    if config.allocation_row().measured and not refine.is_begun(target):  # planning takes minutes
         _check_output(discover.resolve_source(model), target, overwrite=overwrite)
     ready = _prepare(model, chosen, max_shard_bytes, options, (on_block, on_cost))
     planned = ready.plan
@@ -122,16 +122,7 @@ def quantize(
     if pending:
         result = refine.written_result(target, planned)
     else:
-        refine.forget(target)
-        result = run(
-            planned,
-            ready.source,
-            target,
-            extra_files=lambda result: {**refine.mark(planned), **about(result)},
-            on_batch=on_batch,
-            open_statistics=ready.open_statistics(on_block),
-        )
-        _remove_stale_shards(target, planned)
+        result = _solve(ready, target, about, on_batch, ready.open_statistics(on_block))
     if not planned.config.refinement().stages:
         return result
     assert ready.windows is not None, "the plan refuses a refinement without text"
@@ -235,6 +226,28 @@ class _Ready:
         )
 
 
+def _solve(
+    ready: _Ready,
+    target: Path,
+    about: Callable[[RunResult], dict[str, bytes]],
+    on_batch: OnBatch | None,
+    open_statistics: OpenStatistics | None,
+) -> RunResult:
+    """Write the output, marked as unfinished where a refinement is to follow."""
+    planned = ready.plan
+    refine.forget(target)
+    result = run(
+        planned,
+        ready.source,
+        target,
+        extra_files=lambda result: {**refine.mark(planned), **about(result)},
+        on_batch=on_batch,
+        open_statistics=open_statistics,
+    )
+    _remove_stale_shards(target, planned)
+    return result
+
+
 def _blocks(folder: Path, source: Checkpoint, device: str) -> BlockModel:
     from loftq.integrations.blocks import CheckpointBlocks
 
@@ -290,7 +303,7 @@ def _whole(folder: Path, device: str) -> PreTrainedModel:
 
 def _windows(config: QuantizeConfig, layout: ModelLayout, folder: Path) -> TokenWindows | None:
     """Calibration tokens; the tokenizer is loaded only where they are needed."""
-    if config.data is None or not config.reads_text:
+    if config.data is None or not config.text_reader:
         return None
     tokenizer = discover.load_tokenizer(folder)
     return calibrate.read_windows(config, layout, tokenizer, discover.load_config(folder))

@@ -125,6 +125,25 @@ def test_data_is_calibration_text_unless_there_is_a_budget(
     assert both["calibration"]["source"] == "some.txt"
     plain = loftq("plan", model, "--rank", 4, "--data", tmp_path / "some.txt")
     assert "loftq needs no text" in plain.out
+    costs = ("--bits", 2.8, "--allocation", "kl", "--measure", "allocation_windows=1")
+    measured = loftq("plan", model, "--rank", 4, "--data", text, "calibration_context=16", *costs)
+    assert "costs of layers, by allocation=kl" in measured.out
+    assert "needs no text" not in measured.out
+
+
+def test_a_sequence_keeps_no_statistics(loftq: Callable, model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("one two three four five six " * 40)
+    calibrated = ("plan", model, "--rank", 4, "--data", text, "calibration_context=16")
+    best = loftq(*calibrated, "--method", "best")
+    assert "for this run alone" in best.out
+    assert "used again" not in best.out
+    costs = [
+        loftq(*calibrated, "--method", m, "--json").json["calibration"] for m in ("best", "fast")
+    ]
+    assert costs[0]["disk_bytes"] == 0
+    assert costs[0]["seconds"] > 5 * costs[1]["seconds"]
+    assert costs[0]["device_bytes"] == 2 * costs[1]["device_bytes"]
 
 
 def test_data_beside_a_budget_is_training_data(loftq: Callable, tmp_path: Path) -> None:

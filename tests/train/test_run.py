@@ -21,6 +21,7 @@ import tiny_chat
 from loftq.checkpoint import CheckpointError
 from loftq.integrations.metrics import read_metrics
 from loftq.integrations.peft import read_lineage
+from loftq.integrations.refine import Step
 from loftq.integrations.run_folder import open_run
 from loftq.report.collect import collect
 from loftq.train import Briefing, Listener, OutOfMemory, Pace, TrainError
@@ -249,8 +250,10 @@ def test_a_method_that_calibrates_asks_for_its_text(
     train: Callable, model: Path, chats: Path, tmp_path: Path
 ) -> None:
     for more in ({}, {"memory": "8GB"}):
-        with pytest.raises(TrainError, match=r"calibration=TEXT .* --method cloq .* train OUT"):
+        with pytest.raises(TrainError, match=r"calibration=TEXT .* method=cloq .* train OUT"):
             train(model, chats, tmp_path / "run", method="cloq", **more)
+    with pytest.raises(TrainError, match=r"^refine=distill: calibrates on a text of its own"):
+        train(model, chats, tmp_path / "run", refine="distill")
     assert not (tmp_path / "run").exists()
 
 
@@ -268,6 +271,49 @@ def test_a_text_to_calibrate_on_is_told_from_the_training_data(
     assert record["tokens"] == 992
     with pytest.raises(TrainError, match="packed already, so calibration would change nothing"):
         train(packed, chats, tmp_path / "next", calibration=str(text))
+
+
+@pytest.mark.parametrize("method", ["max", "best"])
+def test_a_full_precision_model_is_refined_before_it_is_trained(
+    method: str, train: Callable, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five " * 100)
+    seen: list[str] = []
+
+    class Follow(Listener):
+        def calibrated(self, path: str, done: int, total: int) -> None:
+            seen.append("calibrated")
+
+        def refined(self, step: Step) -> None:
+            seen.append("refined")
+
+        def quantizing_done(self) -> None:
+            seen.append("done")
+
+    options = {"method": method, "calibration": str(text), "calibration_context": 16, "bits": 2}
+    options |= {"refine": "distill", "refine_epochs": 1, "iters": 1}
+    train(model, chats, tmp_path / "run", max_steps=1, listener=Follow(), **options)
+    assert list(dict.fromkeys(seen)) == ["calibrated", "refined", "done"]
+    packed = Path(json.loads((tmp_path / "run/base.json").read_text())["path"])
+    assert len(json.loads((packed / "loftq.json").read_text())["refinement"]) == 1
+    seen.clear()
+    train(model, chats, tmp_path / "again", max_steps=1, listener=Follow(), **options)
+    assert seen == []  # by the backbone of the first
+
+
+def test_a_full_precision_model_takes_a_table_of_costs(
+    train: Callable, model: Path, chats: Path, tmp_path: Path
+) -> None:
+    options = {"allocation": "error", "bits": 2.8, "rank": 4, "statistics": str(tmp_path / "kept")}
+    with pytest.raises(ValueError, match=r"costs are not measured yet\. `loftq plan --measure`"):
+        train(model, chats, tmp_path / "run", max_steps=1, **options)
+    choice = loftq.plan(model, measure=True, **options).choice
+    train(model, chats, tmp_path / "run", max_steps=1, **options)
+    packed = Path(json.loads((tmp_path / "run/base.json").read_text())["path"])
+    assert choice is not None
+    record = json.loads((packed / "loftq.json").read_text())
+    assert {layer["name"]: layer["format"] for layer in record["layers"]} == choice.formats
 
 
 def test_an_early_stop(train: Callable, out: Path, chats: Path, tmp_path: Path) -> None:

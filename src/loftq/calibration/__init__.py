@@ -1,7 +1,7 @@
 """Tokens to statistics of the inputs of each layer."""
 
 from loftq.calibration.accumulators import KINDS, Accumulator, InputStatistics
-from loftq.calibration.collect import OUTSIDE, BlockModel, Run, collect, layers_in
+from loftq.calibration.collect import OUTSIDE, BlockModel, Run, call_again, collect, layers_in
 from loftq.calibration.data import (
     TokenWindows,
     document_windows,
@@ -25,6 +25,7 @@ __all__ = [
     "SequentialStatistics",
     "StatisticsStore",
     "TokenWindows",
+    "call_again",
     "collect",
     "collect_fisher",
     "default_folder",

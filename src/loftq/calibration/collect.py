@@ -288,6 +288,15 @@ class _Watch:
         self.sums[path].add(x.reshape(*self.mask.shape, -1), self.mask)
 
 
+def call_again(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a block on copies of inputs that are needed again, since it may write into them."""
+    return module(*map(_copied, args), **{key: _copied(value) for key, value in kwargs.items()})
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def of_tokens(x: Tensor, mask: Tensor) -> bool:
     """Whether x holds one row for each token of a chunk, by windows or in one list."""
     return x.shape[:-1] in (mask.shape, (mask.numel(),))

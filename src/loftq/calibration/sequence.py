@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.calibration.accumulators import InputStatistics, PairAccumulator
-from loftq.calibration.collect import BlockModel, Run, layers_in, of_tokens
+from loftq.calibration.collect import BlockModel, Run, call_again, layers_in, of_tokens
 from loftq.calibration.data import TokenWindows
 
 OnBlock = Callable[[str, int, int], object]
@@ -313,7 +313,7 @@ class _Actor(Run):
         while actor.wait(block) == REHEARSE:
             actor._acting = True
             try:
-                module(*map(_own, args), **{key: _own(value) for key, value in kwargs.items()})
+                call_again(module, args, kwargs)
             except _Enough:
                 pass
             finally:
@@ -325,8 +325,3 @@ REHEARSE = "rehearse"
 
 class _Enough(Exception):
     """Ends a rehearsal."""
-
-
-def _own(value: Any) -> Any:
-    """A copy of a tensor, since a block may write into its inputs."""
-    return value.clone() if isinstance(value, Tensor) else value

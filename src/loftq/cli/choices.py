@@ -74,6 +74,8 @@ def _data(plan: Plan, given: Set[str]) -> list[Choice]:
     if known is not None:
         value = f"{known.source}: {known.tokens:,} tokens, {known.windows} windows"
         return [Choice("data", value, f"{known.kind} statistics of each layer, without padding")]
+    if reader := plan.config.text_reader:  # the costs alone
+        return [Choice("data", str(plan.config.data), f"costs of layers, by {reader}")]
     if "data" not in given:
         return []
     return [Choice("data", "not used", f"{plan.config.method} needs no text")]

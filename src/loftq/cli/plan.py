@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,8 +193,7 @@ def _print_totals(out: Console, report: PlanReport) -> None:
             "calibrate",
             f"{console.duration(cost['seconds'])}, {console.size(cost['device_bytes'])} on "
             f"{report.device}",
-            f"estimates; {console.size(cost['disk_bytes'])} of statistics in {cost['folder']}, "
-            "used again by other methods and widths",
+            f"estimates; {_kept(cost)}",
         )
     if report.refinement_seconds:
         lines.add_row(
@@ -203,6 +203,14 @@ def _print_totals(out: Console, report: PlanReport) -> None:
         )
     out.print(lines)
     print_serving(out, report)
+
+
+def _kept(cost: Mapping[str, Any]) -> str:
+    """What becomes of the statistics."""
+    if not cost["disk_bytes"]:
+        return "taken layer after layer while these are solved, for this run alone"
+    size = console.size(cost["disk_bytes"])
+    return f"{size} of statistics in {cost['folder']}, used again by other methods and widths"
 
 
 def _free(output: Path) -> int:

@@ -14,6 +14,7 @@ from loftq.train.listener import Briefing, Listener, Pace
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loftq.integrations.refine import Step
     from loftq.pipeline.plan import Batch, Plan
     from loftq.train.data import Prepared
     from loftq.train.memory.fit import Fit
@@ -59,6 +60,11 @@ class TrainScreen(Listener):
         """Move the bar of the quantization."""
         assert self._quantize is not None
         self._quantize.on_batch(batch, records, resumed)
+
+    def refined(self, step: Step) -> None:
+        """Move the bar of the refinement."""
+        assert self._quantize is not None
+        self._quantize.on_refine(step)
 
     def quantizing_done(self) -> None:
         """Take it away."""

@@ -55,7 +55,7 @@ def read_windows(
         ValueError: a file that cannot be used (calibration/data.py), or a tokenizer without the
             padding token that documents need.
     """
-    if config.data is None or not config.reads_text:
+    if config.data is None or not config.text_reader:
         return None
     context = min(config.calibration_context, _longest(tokenizer, model_config))
     shape = {"windows": config.calibration_windows, "context": context}

@@ -6,7 +6,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,9 @@ def quantize_model(
     where = device or str(next(model.parameters()).device)
     windows = _windows(config, layout, tokenizer, model)
     # Weights in memory have no fingerprint, so that their statistics are nobody else's.
-    with tempfile.TemporaryDirectory(prefix="loftq-") as place:
+    with tempfile.TemporaryDirectory(prefix="loftq-") as place, ExitStack() as cleanup:
+        cleanup.callback(model.train, model.training)
+        model.eval()  # what is measured on it knows no dropout
         here = replace(config, statistics=place)
         calibration = calibrate.planned(here, windows, "", where)
         measuring = allocate.Measuring(
@@ -108,11 +110,10 @@ def quantize_model(
 def _windows(
     config: QuantizeConfig, layout: ModelLayout, tokenizer: Any, model: nn.Module
 ) -> TokenWindows | None:
-    if config.data is not None and config.reads_text and tokenizer is None:
-        needed = config.resolved_method().needs != "none"
-        who = f"method={config.method}" if needed else f"allocation={config.allocation}"
+    if config.data is not None and config.text_reader and tokenizer is None:
         raise ValueError(
-            f"{who} calibrates on {config.data}: pass the model's tokenizer too (tokenizer=...)."
+            f"{config.text_reader} calibrates on {config.data}: pass the model's tokenizer too "
+            "(tokenizer=...)."
         )
     return calibrate.read_windows(config, layout, tokenizer, getattr(model, "config", None))
 

@@ -171,14 +171,18 @@ class Method:
         """A copy with other choices, e.g. iterations=1; None leaves a choice as it is."""
         return replace(self, **{k: v for k, v in options.items() if v is not None})
 
+    def choices(self) -> dict[str, object]:
+        """All that decides a solution, JSON-ready: nothing that is only told of the row."""
+        told = ("name", "paper", "summary", "reproduction")
+        return {key: value for key, value in asdict(self).items() if key not in told}
+
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Quantize the stack and find its adapters.
 
         Minimises ||(W* - Q - s B A) R|| over Q in the format and rank(B A) <= r, R the root of the
         method's metric (identity: the Frobenius norm), W* its target: W, unless it is sequential.
-        s is part of the problem: both factors are
-        divided by sqrt(s), so the effective start is the same for every alpha (neither the paper's
-        code nor PEFT's does this).
+        s is part of the problem: both factors are divided by sqrt(s), so the effective start is
+        the same for every alpha (neither the paper's code nor PEFT's does this).
 
         Raises:
             ValueError: statistics that the method needs are missing.

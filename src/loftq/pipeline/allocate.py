@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -57,7 +57,7 @@ def costs_fingerprint(config: QuantizeConfig, *, source: str, tokens: str, devic
     """
     parts = [
         config.allocation,
-        asdict(config.cost_config().resolved_method()),
+        config.cost_config().resolved_method().choices(),
         config.rank,
         config.scale_fit,
         config.seed,

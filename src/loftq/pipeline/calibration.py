@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class CalibrationCost:
     """One block, its statistics and the hidden states of all tokens; for Fisher means all blocks,
     to which activations of one window come."""
     disk_bytes: int
-    """Statistics of all layers."""
+    """Statistics of all layers; 0 where they are taken in sequence, for this run alone."""
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""
@@ -78,36 +78,55 @@ class Statistics(Protocol):
 
 
 def calibration_cost(
-    calibration: Calibration, layers: Sequence[LayerInfo], device: str
+    calibration: Calibration, layers: Sequence[LayerInfo], device: str, *, rehearsals: float = 0
 ) -> CalibrationCost:
     """Estimate from shapes alone.
+
+    In sequence the original and the quantized model run side by side, and a block runs once more
+    for each of its batches (calibration/sequence.py); nothing is kept.
 
     Which layers share their input is known only when the model runs. Of n layers of one block with
     inputs of one width, half (rounded up) are taken to read an input of their own: q, k, v, o, gate
     and up read three, down its own.
+
+    Args:
+        calibration: tokens and kind of statistics.
+        layers: that they are taken of.
+        device: that runs.
+        rehearsals: batches of a block; 0 = not in sequence.
     """
-    widths = Counter((layer.depth, layer.shape[1]) for layer in layers)
-    inputs = {key: -(-count // 2) for key, count in widths.items()}
+    inputs = _inputs(layers)
     squares = calibration.kind == "gram"
     held = {key: n * (4 * key[1] ** 2 if squares else 8 * key[1]) for key, n in inputs.items()}
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    passes = 1 + 3 * (calibration.kind == "fisher")  # a forward and a backward of the whole model
+    sides = 2 if rehearsals else 1  # the original model alone, or both
+    sums = sum(n * 2.0 * key[1] ** (2 if squares else 1) for key, n in inputs.items())
+    work = sides * (2.0 * weights * (passes + rehearsals) + sums)
+    states = 4 * calibration.windows * calibration.context * min(width for _, width in inputs)
+    at_once = _largest_block(layers, held) + 2 * states
+    speed = FLOPS.get(device.split(":")[0], FLOPS["cuda"])
+    return CalibrationCost(
+        seconds=calibration.tokens * work / speed,
+        device_bytes=4 * weights if calibration.kind == "fisher" else sides * at_once,
+        disk_bytes=0 if rehearsals else sum(held.values()) // (2 if squares else 1),
+    )
+
+
+def _inputs(layers: Sequence[LayerInfo]) -> dict[tuple[int | None, int], int]:
+    """(depth, width) -> inputs of that width in the block, half as many as there are layers."""
+    widths = Counter((layer.depth, layer.shape[1]) for layer in layers)
+    return {key: -(-count // 2) for key, count in widths.items()}
+
+
+def _largest_block(layers: Sequence[LayerInfo], held: Mapping[tuple[int | None, int], int]) -> int:
+    """Bytes of a block's float32 weights and its statistics."""
     blocks: Counter[int | None] = Counter()
     for (depth, _), size in held.items():
         blocks[depth] += size
     for layer in layers:
         blocks[layer.depth] += 4 * layer.shape[0] * layer.shape[1]
-    states = 4 * calibration.windows * calibration.context * min(shape for _, shape in widths)
-    work = 2.0 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    work += sum(n * 2.0 * key[1] ** (2 if squares else 1) for key, n in inputs.items())
-    held_bytes = max(blocks.values()) + 2 * states
-    if calibration.kind == "fisher":  # a forward and a backward of the whole model
-        work += 6.0 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
-        held_bytes = 4 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    speed = FLOPS.get(device.split(":")[0], FLOPS["cuda"])
-    return CalibrationCost(
-        seconds=calibration.tokens * work / speed,
-        device_bytes=held_bytes,
-        disk_bytes=sum(held.values()) // (2 if squares else 1),
-    )
+    return max(blocks.values())
 
 
 def refinement_seconds(
@@ -125,7 +144,7 @@ def missing_data(what: str) -> str:
     without = ", ".join(name for name, row in METHODS.items() if row.needs == "none")
     return (
         f"{what}: needs text to calibrate on. Give a file with --data (.txt, .raw or "
-        f".jsonl, also .gz; not a test split). These do without: {without}."
+        f".jsonl, also .gz; not a test split). These methods do without, unless refined: {without}."
     )
 
 

@@ -34,7 +34,8 @@ class QuantizeConfig:
     """Every choice of `loftq quantize`; the command line's flags and key=value pairs."""
 
     method: str = "loftq"
-    """Row of the method table: loftq, qlora, fast, max, or one that `loftq lab methods` lists."""
+    """Row of the method table: loftq, qlora, fast, best, max, or one that `loftq lab methods`
+    lists."""
     bits: float = 4
     """4, 3 or 2; a fraction in between mixes 4 and 2 bits by depth, as the paper does. With a
     measured allocation the most bits per weight all told, scales and zeros included."""
@@ -221,16 +222,32 @@ class QuantizeConfig:
         return ALLOCATIONS[self.allocation]
 
     @property
-    def reads_text(self) -> bool:
-        """Whether the method or the allocation looks at `data`."""
+    def text_reader(self) -> str:
+        """The choice that looks at `data`, as key=value; "" where nothing does."""
+        if find_method(self.method).needs != "none":
+            return f"method={self.method}"
+        if self.resolved_method().refined:
+            return f"refine={self.refine}"
         row = self.allocation_row()
-        measured = row.measured and self.cost_config().resolved_method().needs != "none"
-        return self.resolved_method().needs != "none" or row.reads_text or measured
+        if row.reads_text:
+            return f"allocation={row.name}"
+        if row.measured and self.cost_config().resolved_method().needs != "none":
+            return f"costs_by={self.costs_by}"
+        return ""
 
     def cost_config(self) -> QuantizeConfig:
-        """The same choices with the method that costs are taken from, and nothing measured."""
-        method = self.costs_by or self.method
-        return replace(self, method=method, allocation="first", candidates=(), costs_by=None)
+        """The same choices with the method that costs are taken from, and nothing measured.
+
+        Costs are those of the start: a refinement moves all adapters together.
+        """
+        return replace(
+            self,
+            method=self.costs_by or self.method,
+            allocation="first",
+            candidates=(),
+            costs_by=None,
+            refine="none",
+        )
 
     def candidate_formats(self) -> tuple[FormatSpec, ...]:
         """What a measured allocation chooses from, the narrowest first unless named otherwise."""

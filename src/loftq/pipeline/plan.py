@@ -19,7 +19,6 @@ from torch import Tensor
 from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
 from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
-from loftq.methods import find_method
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -210,7 +209,10 @@ class Plan:
         if self.calibration is None:
             return None
         infos = [layer.info for layer in self.layers if layer.rank]
-        return calibration_cost(self.calibration, infos, self.device)
+        rehearsals = 0.0
+        if self.config.resolved_method().sequential:
+            rehearsals = sum(b.gram for b in self.batches) / max(1, self.layout.blocks)
+        return calibration_cost(self.calibration, infos, self.device, rehearsals=rehearsals)
 
     @property
     def refinement_seconds(self) -> float:
@@ -283,15 +285,7 @@ def make_plan(
     )
     gram, method = _needs_gram(config), config.resolved_method()
     limit = _batch_limit(device, gram)
-    by_tensor = {layer.info.tensor: layer for layer in layers}
-    stored: list[TensorSpec] = []
-    copied: list[TensorSpec] = []
-    for entry in source.tensors.values():
-        if entry.name in by_tensor:
-            stored += by_tensor[entry.name].packed()
-        else:
-            copied.append(TensorSpec(entry.name, entry.dtype, entry.shape))
-            stored.append(copied[-1])
+    stored, copied = _stored(layers, source)
     plan = Plan(
         config=config,
         layout=layout,
@@ -307,6 +301,22 @@ def make_plan(
     )
     shards = plan_shards(stored, prefix=SHARD_PREFIX, max_shard_bytes=max_shard_bytes)
     return replace(plan, shards=(*shards, ShardFile.plan(ADAPTER_FILE, _adapter_tensors(plan))))
+
+
+def _stored(
+    layers: Sequence[PlannedLayer], source: Source
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Tensors of the backbone in the source's order, and those among them that are copied."""
+    by_tensor = {layer.info.tensor: layer for layer in layers}
+    stored: list[TensorSpec] = []
+    copied: list[TensorSpec] = []
+    for entry in source.tensors.values():
+        if entry.name in by_tensor:
+            stored += by_tensor[entry.name].packed()
+        else:
+            copied.append(TensorSpec(entry.name, entry.dtype, entry.shape))
+            stored.append(copied[-1])
+    return stored, copied
 
 
 def _adapter_tensors(plan: Plan) -> list[TensorSpec]:
@@ -342,15 +352,10 @@ def planned_formats(
 ) -> dict[str, FormatSpec]:
     """Format of every layer: tables in 8 bits, the rest by depth, choice and the user's patterns.
 
-    Raises:
-        PlanError: a measured allocation without what it chose.
+    A measured allocation must come with what it chose (pipeline/allocate.py).
     """
     measured = config.allocation_row().measured
-    if measured and choice is None:
-        raise PlanError(
-            f"allocation={config.allocation}: the costs of these layers are not measured yet. "
-            "`loftq plan --measure` does so and keeps them, and so does `loftq quantize`."
-        )
+    assert not measured or choice is not None, f"allocation={config.allocation} without its choice"
     default = config.default_format()
     overrides = {pattern: parse_format(name) for pattern, name in config.formats.items()}
     tables = {info.module: config.table_format() for info in layout.layers if not info.adapted}
@@ -420,9 +425,7 @@ def _unmet(
     """What a method that needs statistics lacks."""
     problems = []
     if calibration is None:
-        refined = find_method(config.method).needs == "none"  # which alone would need no text
-        what = f"refine={config.refine}" if refined else f"method={config.method}"
-        problems.append(missing_data(what))
+        problems.append(missing_data(config.text_reader))
     if config.resolved_method().needs == "fisher" and layout.task_type != "CAUSAL_LM":
         problems.append(
             f"{layout.architecture}: {config.method} weighs by gradients of the next token's loss, "
@@ -439,7 +442,7 @@ def _unmet(
     if embedded:
         problems.append(
             f"{embedded[0]}: an embedding has no inputs to calibrate on. Leave embeddings=true "
-            f"out, or choose a method that needs no text instead of {config.method}."
+            f"out, or {config.text_reader} for a choice that needs no text."
         )
     return problems
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from loftq.integrations import discover
 from loftq.integrations.peft import PENDING, check_lineage
 from loftq.integrations.run_folder import START, RunFolder, backbone_and_adapter, tokenizer_home
 from loftq.integrations.source import resolve_source
-from loftq.methods import find_method
+from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.run import JOURNAL
 from loftq.train.errors import TrainError
 from loftq.train.listener import Listener
@@ -97,23 +97,22 @@ def backbone_folder(model: str) -> Path:
 
 
 def require_calibration(options: Mapping[str, Any]) -> None:
-    """Refuse a method that calibrates and was given no text for it.
+    """Refuse a quantization that calibrates and was given no text for it.
 
     Args:
         options: of the quantization, only those that were given; `data` is the calibration text.
 
     Raises:
-        TrainError: the method needs text.
-        ValueError: it does not exist.
+        TrainError: the method, the refinement or the allocation needs text.
+        ValueError: an option that a quantization refuses.
     """
-    method = options.get("method")
-    if method is None or options.get("data") is not None:
-        return
-    if find_method(method).needs != "none":
+    known = {field.name for field in fields(QuantizeConfig)}
+    config = QuantizeConfig.from_dict({k: v for k, v in options.items() if k in known})
+    if config.data is None and (reader := config.text_reader):
         raise TrainError(
-            f"method={method}: calibrates on a text of its own, and data is training data here. "
-            "Give calibration=TEXT to `train`, or quantize first (loftq quantize MODEL -o OUT "
-            f"--method {method} --data TEXT) and train OUT."
+            f"{reader}: calibrates on a text of its own, and data is training data here. Give "
+            "calibration=TEXT to `train`, or quantize first (loftq quantize MODEL -o OUT --data "
+            f"TEXT {reader} ...) and train OUT."
         )
 
 
@@ -174,6 +173,7 @@ def settle(found: Located, options: Mapping[str, Any], listener: Listener) -> Ba
             found.out,
             on_batch=listener.quantized,
             on_block=listener.calibrated,
+            on_refine=listener.refined,
             **options,
         )
         listener.quantizing_done()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loftq.integrations.refine import Step
     from loftq.pipeline.plan import Batch, Plan
     from loftq.train.base import Base
     from loftq.train.config import Steps, TrainConfig
@@ -64,6 +65,9 @@ class Listener:
 
     def quantized(self, batch: Batch, records: list[Mapping[str, Any]], resumed: bool) -> None:
         """A batch of layers is done (pipeline.run.OnBatch)."""
+
+    def refined(self, step: Step) -> None:
+        """A step of the refinement of the start is done (integrations.refine.Step)."""
 
     def quantizing_done(self) -> None:
         """The backbone is complete."""

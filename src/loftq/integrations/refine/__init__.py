@@ -3,6 +3,7 @@
 from loftq.integrations.refine.output import (
     Refining,
     forget,
+    is_begun,
     is_pending,
     mark,
     refine_output,
@@ -15,6 +16,7 @@ __all__ = [
     "Refining",
     "Step",
     "forget",
+    "is_begun",
     "is_pending",
     "mark",
     "refine_adapter",

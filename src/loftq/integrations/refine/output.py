@@ -66,6 +66,11 @@ def is_pending(output: Path, plan: Plan) -> bool:
         return False
 
 
+def is_begun(output: Path) -> bool:
+    """Whether `output` waits for a refinement, whatever the plan that it was made by."""
+    return (output / MARK).exists()
+
+
 def forget(output: Path) -> None:
     """Remove the state of a refinement."""
     shutil.rmtree(output / PENDING, ignore_errors=True)

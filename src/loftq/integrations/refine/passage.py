@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loftq.calibration import Run
+from loftq.calibration import Run, call_again
 from loftq.integrations.blocks import LoadedBlocks
 
 Piece = tuple[Tensor, Tensor]
@@ -73,8 +73,7 @@ class Passage:
         assert self.at is not None
         args, kwargs = self._runs[number].inputs
         module = self.model.module.get_submodule(self.at)
-        # Copies, since a block may write into its inputs.
-        return first(module(*map(_own, args), **{k: _own(value) for k, value in kwargs.items()}))
+        return first(call_again(module, args, kwargs))
 
     def last_hidden(self, number: int) -> Tensor:
         """What the base model gave for a piece, once the forwards have ended."""
@@ -111,7 +110,3 @@ class _Waiting(Run):
 def first(output: Any) -> Tensor:
     """The hidden states among what a module returns."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -26,11 +26,17 @@ def configurable(model: str | Path, options: Mapping[str, Any]) -> Configure:
 
     Raises:
         SourceError: the model cannot be read or used.
+        ValueError: a measured allocation, whose bits are chosen by other things than memory.
     """
     folder = discover.resolve_source(model)
     discover.refuse_unusable(folder)
     shapes = {name: entry.shape for name, entry in open_checkpoint(folder).tensors.items()}
     base = QuantizeConfig.from_dict(options)
+    if base.allocation_row().measured:
+        raise ValueError(
+            f"allocation={base.allocation}: memory chooses one width for all layers. Leave one of "
+            "the two out, or quantize first (loftq quantize MODEL -o OUT) and train OUT within it."
+        )
 
     @cache
     def layout(tables: frozenset[str]) -> ModelLayout:
