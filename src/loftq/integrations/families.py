@@ -40,10 +40,10 @@ def why_no_family(base: Any, capacity: int | None = None) -> str:
     if window is not None and (capacity is None or window < capacity):
         wanted = "the whole context is wanted" if capacity is None else f"{capacity} are wanted"
         return f"its attention slides over {window} tokens, {wanted}"
-    for path, module in base.model.layers.named_modules():
+    for path, module in base.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if not all(is_guard(hook) for hook in hooks):
-            return f"layers.{path} has hooks, which would not run"
+            return f"{path or name} has hooks, which would not run"
     return ""
 
 

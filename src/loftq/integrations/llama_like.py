@@ -92,13 +92,13 @@ def _linear(name: str, module: Any) -> Linear:
         A, B = module.lora_A[active].weight, module.lora_B[active].weight
         adapter = A.detach(), B.detach(), module.scaling[active]
         module = module.base_layer
+    parts, layout = _stored(name, module)
     bias = None if module.bias is None else module.bias.detach()
     for tensor in (*(adapter or ())[:2], bias):
         if tensor is not None and (tensor.dtype not in DTYPES or not tensor.is_contiguous()):
             raise NotReadable(f"{name}: a tensor of {tensor.dtype}, or one that is not contiguous")
     if adapter and adapter[0].dtype != adapter[1].dtype:
         raise NotReadable(f"{name}: its adapter has two dtypes")
-    parts, layout = _stored(name, module)
     return Linear(
         parts=parts, in_features=module.in_features, layout=layout, adapter=adapter, bias=bias
     )
