@@ -109,7 +109,7 @@ def make_decoder(model: Any, batch: int, length: int, kind: str) -> GraphDecoder
 
 
 def step_times(
-    model: nn.Module, batch: int, context: int, steps: int, kind: str = "overlapping"
+    model: nn.Module, batch: int, context: int, steps: int, kind: str
 ) -> tuple[float, ...]:
     """(median, p20, p80) milliseconds of a decoding step after `context` tokens."""
     decoder = make_decoder(model, batch, context + steps + 8, kind)

@@ -204,7 +204,7 @@ def main() -> None:
         for m, times in bf16_rows(shape, args.tokens):
             base[m] = times[0]
             row(name, "bf16", m, "cuBLAS", times, 2 * size, times[0])
-        base[0] = 0.0
+        base[0] = 0.0  # dequantizing alone has no product to stand beside
         few = [m for m in args.tokens if m <= 64]
         for peer in PEERS if args.peers else ():
             for weight, m, times, nbytes in peer(shape, few, copies, graph_times):

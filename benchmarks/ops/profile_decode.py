@@ -1,6 +1,6 @@
 """Kernels of one decoded token, by name: what a step of a Llama-2-7B shape spends its time on.
 
-    python benchmarks/ops/profile_decode.py [--format nf4] [--kind overlapping] [--layers 8]
+    python benchmarks/ops/profile_decode.py [--format nf4] [--kind fused] [--layers 8]
         [--rank 64] [--context 1024]
 
 Models and kinds are those of bench_decode.py, one CUDA graph a step. Sums are over one step, as the
@@ -24,7 +24,7 @@ STEPS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--format", default="nf4")
-    parser.add_argument("--kind", choices=(*KINDS, "dense"), default="overlapping")
+    parser.add_argument("--kind", choices=(*KINDS, "dense"), default="fused")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)

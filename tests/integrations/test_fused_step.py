@@ -89,7 +89,7 @@ def test_what_is_not_known_is_left_to_transformers_and_said(prompts):
     assert (decoder.step(prompts[:, 0]) - wanted).abs().max() <= MERGE_LOGITS
     hooked = make("llama", adapter=False)
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert why_not_fused(hooked) == "layers.0.mlp has hooks, which would not run"
+    assert why_not_fused(hooked) == "model.layers.0.mlp has hooks, which would not run"
 
 
 def test_the_guard_of_a_loaded_backbone_does_not_stand_in_the_way():

@@ -40,15 +40,10 @@ def why_no_family(base: Any, capacity: int | None = None) -> str:
     if window is not None and (capacity is None or window < capacity):
         wanted = "the whole context is wanted" if capacity is None else f"{capacity} are wanted"
         return f"its attention slides over {window} tokens, {wanted}"
-    return why_hooked(base.model.layers, "layers")
-
-
-def why_hooked(module: Any, path: str = "") -> str:
-    """Which part of a module has hooks besides our guards, or ""; `path` is the module's own."""
-    for name, part in module.named_modules(prefix=path):
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    for path, module in base.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if not all(is_guard(hook) for hook in hooks):
-            return f"{name or type(part).__name__} has hooks, which would not run"
+            return f"{path or name} has hooks, which would not run"
     return ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.integrations.families import READ_ONE_INPUT, why_hooked, why_no_family, without_peft
+from loftq.integrations.families import READ_ONE_INPUT, why_no_family, without_peft
 from loftq.integrations.inference import active_adapter, why_not_folded
 from loftq.nn import QuantLinear
 from loftq.ops.cpu.decoder import BlockTensors, Linear, ModelTensors
@@ -62,7 +62,7 @@ def _check(base: Any, capacity: int) -> None:
     devices = {parameter.device.type for parameter in base.parameters()}
     if devices != {"cpu"}:
         raise NotReadable(f"it lies on {', '.join(sorted(devices))}, not on the CPU")
-    if why := why_no_family(base, capacity) or why_hooked(base):
+    if why := why_no_family(base, capacity):
         raise NotReadable(why)
     kind = base.config.rope_parameters["rope_type"]
     if kind not in ROTATIONS:
