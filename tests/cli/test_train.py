@@ -65,7 +65,7 @@ def test_everything_is_said_before_the_first_step(
     assert "4 of 4 x 2 rows" in first["steps"]
     assert "fp32 on cpu" in first["compute"]
     assert "an epoch" in first["time"]
-    assert "supervised fine-tuning" in first["note"]
+    assert "\nnote     supervised fine-tuning" in before
     example = before.split("is only read):\n")[1].splitlines()[0]
     learnt = example.split("assistant")[1]
     assert learnt.startswith("[")
