@@ -275,8 +275,14 @@ def test_a_text_to_calibrate_on_is_told_from_the_training_data(
 
 @pytest.mark.parametrize("method", ["max", "best"])
 def test_a_full_precision_model_is_refined_before_it_is_trained(
-    method: str, train: Callable, model: Path, chats: Path, tmp_path: Path
+    method: str,
+    train: Callable,
+    model: Path,
+    chats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LOFTQ_CACHE", str(tmp_path / "cache"))  # no statistics of other tests
     text = tmp_path / "text.txt"
     text.write_text("one two three four five " * 100)
     seen: list[str] = []
