@@ -217,7 +217,7 @@ def test_a_loaded_model_gives_what_the_checkpoint_gives(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": None}, r"method=cloq: needs text .* do without: loftq, qlora"),
+        ({"data": None}, r"method=cloq: needs text .* do without, unless refined: loftq, qlora"),
         ({"data": "wiki.test.raw"}, "by its name a test split"),
         ({"embeddings": True}, "an embedding has no inputs to calibrate on"),
         ({"damping": 2.0}, "damping=2.0: must lie between 0 and 1"),

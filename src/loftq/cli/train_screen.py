@@ -40,7 +40,7 @@ class TrainScreen(Listener):
         self._quantize: QuantizeProgress | None = None
         self._bar: Bar | None = None
         self._timed = False
-        self._place, self._spoken = (0, 0), 0.0
+        self._place, self._told, self._spoken = (0, 0), "", 0.0
 
     def quantizing(self, plan: Plan, folder: Path) -> None:
         """Say what comes first, and follow it."""
@@ -102,16 +102,17 @@ class TrainScreen(Listener):
             self._timed = True
             self._screen.print(f"an epoch takes {console.duration(pace.epoch_seconds)}, measured")
         self._place, self._spoken = (pace.step, pace.total), time.monotonic()
-        self._bar.update(*self._place, _status(row, pace))
+        self._told = _status(row, pace)
+        self._bar.update(*self._place, self._told)
         every = max(1, pace.total // LINES)
         if not self._side.is_terminal and (pace.step % every == 0 or pace.step == 1):
-            self._screen.print(f"step {pace.step}/{pace.total}: {_status(row, pace)}")
+            self._screen.print(f"step {pace.step}/{pace.total}: {self._told}")
 
     def reading(self, what: str, done: int, total: int) -> None:
         """Part of a scoring is done: in the bar, and away from a terminal once a minute."""
         how_far = f"scoring, {done:,} of {total:,} {what}"
         if self._bar is not None:
-            self._bar.update(*self._place, how_far)
+            self._bar.update(*self._place, ", ".join(filter(None, (self._told, how_far))))
         if not self._side.is_terminal and time.monotonic() - self._spoken > PATIENCE:
             self._spoken = time.monotonic()
             self._screen.print(f"step {self._place[0]}: {how_far}")
