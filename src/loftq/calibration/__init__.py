@@ -1,7 +1,16 @@
 """Tokens to statistics of the inputs of each layer."""
 
 from loftq.calibration.accumulators import KINDS, Accumulator, InputStatistics
-from loftq.calibration.collect import OUTSIDE, BlockModel, Run, call_again, collect, layers_in
+from loftq.calibration.collect import (
+    OUTSIDE,
+    BlockModel,
+    Run,
+    advance,
+    call_again,
+    collect,
+    layers_in,
+    standing,
+)
 from loftq.calibration.data import (
     TokenWindows,
     document_windows,
@@ -25,6 +34,7 @@ __all__ = [
     "SequentialStatistics",
     "StatisticsStore",
     "TokenWindows",
+    "advance",
     "call_again",
     "collect",
     "collect_fisher",
@@ -32,6 +42,7 @@ __all__ = [
     "document_windows",
     "layers_in",
     "read_documents",
+    "standing",
     "statistics_fingerprint",
     "stream_windows",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loftq.calibration.accumulators import Accumulator, InputStatistics
+from loftq.calibration.accumulators import Accumulator, InputStatistics, PairAccumulator
 from loftq.calibration.data import TokenWindows
 
 OUTSIDE = ""
@@ -90,18 +90,25 @@ def collect(
     """
     pieces = zip(windows.ids.split(chunk), windows.mask.split(chunk), strict=True)
     runs = [Run(model, ids, mask) for ids, mask in pieces]
+    with standing(model, runs):
+        _move(model, layers, runs, kind, on_block, skip)
+
+
+def standing(model: BlockModel, runs: Sequence[Run]) -> ExitStack:
+    """Gates at the blocks of a model in eval mode, for its runs; all of it ends with the stack."""
+    module = model.module
     with ExitStack() as cleanup:
         # Once for all runs: the first that ends must not turn dropout on for the others.
-        cleanup.callback(model.module.train, model.module.training)
-        model.module.eval()
+        cleanup.callback(module.train, module.training)
+        module.eval()
         for run in runs:
             cleanup.callback(run.abandon)
         for block in model.blocks:
-            gate = model.module.get_submodule(block).register_forward_pre_hook(
-                lambda *_, block=block: Run.arrive(block)
+            gate = module.get_submodule(block).register_forward_pre_hook(
+                lambda *given, block=block: Run.arrive(block, *given), with_kwargs=True
             )
             cleanup.callback(gate.remove)
-        _move(model, layers, runs, kind, on_block, skip)
+        return cleanup.pop_all()
 
 
 def _move(
@@ -120,13 +127,13 @@ def _move(
     outside = _Watch(model, unknown(OUTSIDE), kind)
     watches: dict[str, _Watch] = {}
     ahead = set() if outside.layers else {b for b in model.blocks if unknown(b)}
-    at = _advance(runs, outside)
+    at = advance(runs, outside)
     while at is not None and (ahead or outside.layers or at in watches):
         if at not in watches:  # a model with shared weights enters one block several times
             watches[at] = _Watch(model, unknown(at), kind)
         watch = watches[at]
         model.load(at)
-        following = _advance(runs, watch, outside)
+        following = advance(runs, watch, outside)
         model.drop(at)
         if watch.layers and not model.reenters:
             on_block(at, *watch.results())
@@ -141,7 +148,7 @@ def _move(
         on_block(OUTSIDE, *outside.results())
 
 
-def _advance(runs: Sequence[Run], *watches: _Watch) -> str | None:
+def advance(runs: Sequence[Run], *watches: _Watch) -> str | None:
     """Let every run go on to the entrance of its next block; None when they ended."""
     reached = set()
     for run in runs:
@@ -154,7 +161,7 @@ def _advance(runs: Sequence[Run], *watches: _Watch) -> str | None:
 
 
 class Run(threading.Thread):
-    """One forward that stops where `arrive` is called until `go_on` lets it."""
+    """One forward that stops at the entrance of each block until `go_on` lets it."""
 
     def __init__(self, model: BlockModel, ids: Tensor, mask: Tensor) -> None:
         super().__init__(name="calibrate", daemon=True)
@@ -183,11 +190,19 @@ class Run(threading.Thread):
             self.join()
 
     @staticmethod
-    def arrive(block: str) -> None:
-        """Called by a run at the entrance of a block."""
+    def arrive(
+        block: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Called at the entrance of a block, with what it is given."""
         run = threading.current_thread()
         if isinstance(run, Run):  # else somebody else uses the model
-            run.wait(block)
+            run.at_gate(block, module, args, kwargs)
+
+    def at_gate(
+        self, block: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """What this run does at the entrance of a block."""
+        self.wait(block)
 
     def wait(self, block: str) -> object:
         """Say that this run has come to a block; what it is told, once it may go on."""
@@ -248,19 +263,7 @@ class _Watch:
 
     def results(self) -> tuple[dict[str, InputStatistics], dict[str, str]]:
         """Statistics by leader, and the leader of each layer."""
-        found = {}
-        for leader, total in self.sums.items():
-            try:
-                found[leader] = total.result()
-            except ValueError as error:
-                raise ValueError(f"{leader}: {error}") from error
-        for path in self.layers:
-            if path not in self.leaders:
-                raise ValueError(
-                    f"{path}: no calibration token reached it, so that nothing is known of its "
-                    f'inputs. Leave it out with skip=["{path}"], or use more text.'
-                )
-        return found, dict(self.leaders)
+        return means_of(self.sums, self.layers, self.leaders), dict(self.leaders)
 
     def _look(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Count what a layer reads, once in each passage: the tokens come first.
@@ -286,6 +289,31 @@ class _Watch:
         if first:
             self.sums[path] = Accumulator(self.layers[path], self.kind, x.device)
         self.sums[path].add(x.reshape(*self.mask.shape, -1), self.mask)
+
+
+def means_of(
+    sums: Mapping[str, Accumulator | PairAccumulator],
+    layers: Iterable[str],
+    leaders: Mapping[str, str],
+) -> dict[str, InputStatistics]:
+    """Statistics by leader, each of `layers` having one.
+
+    Raises:
+        ValueError: a layer that no token reached, or a sum that gives no mean; it is named.
+    """
+    found = {}
+    for leader, total in sums.items():
+        try:
+            found[leader] = total.result()
+        except ValueError as error:
+            raise ValueError(f"{leader}: {error}") from error
+    for layer in layers:
+        if layer not in leaders:
+            raise ValueError(
+                f"{layer}: no calibration token reached it, so that nothing is known of its "
+                f'inputs. Leave it out with skip=["{layer}"], or use more text.'
+            )
+    return found
 
 
 def call_again(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -17,7 +17,6 @@ one block in both versions and the hidden states of all tokens twice.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,7 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from loftq.calibration.accumulators import InputStatistics, PairAccumulator
-from loftq.calibration.collect import BlockModel, Run, call_again, layers_in, of_tokens
+from loftq.calibration.collect import (
+    BlockModel,
+    Run,
+    advance,
+    call_again,
+    layers_in,
+    means_of,
+    of_tokens,
+    standing,
+)
 from loftq.calibration.data import TokenWindows
 
 OnBlock = Callable[[str, int, int], object]
@@ -121,18 +129,8 @@ class _Stage:
 
     def _open(self) -> None:
         """All forwards to the entrance of the first block."""
-        module = self.model.module
-        self._cleanup.callback(module.train, module.training)
-        module.eval()
-        for pair in self.pairs:
-            for actor in pair:
-                self._cleanup.callback(actor.abandon)
-        for block in self.model.blocks:
-            gate = module.get_submodule(block).register_forward_pre_hook(
-                lambda module, args, kwargs, block=block: _Actor.enter(block, module, args, kwargs),
-                with_kwargs=True,
-            )
-            self._cleanup.callback(gate.remove)
+        actors = [actor for pair in self.pairs for actor in pair]
+        self._cleanup.push(standing(self.model, actors))
         self._move()
 
     def close(self) -> None:
@@ -175,21 +173,20 @@ class _Stage:
 
     def _move(self) -> None:
         """All forwards through the block where they are, each with its own weights."""
-        before, reached = self.at, set()
+        before = self.at
         if before is not None:
             missing = self._settle_recalled(before)
             assert not missing, f"{missing} are left behind unsolved"
-        for original, quantized in self.pairs:
-            reached.add(original.go_on())
-            with self._quantized():
-                reached.add(quantized.go_on())
-        assert len(reached) == 1, f"forwards of one model took different ways: {reached}"
+        reached = advance([original for original, _ in self.pairs])
+        with self._quantized():
+            also = advance([quantized for _, quantized in self.pairs])
+        assert also == reached, f"forwards of one model took different ways: {reached}, {also}"
         if before is not None:
             self._weights.clear()
             self.model.drop(before)
             done = list(self.model.blocks).index(before) + 1
             self.about.on_block(before, done, len(self.model.blocks))
-        self.at = reached.pop()
+        self.at = reached
         if self.at is not None:
             self.model.load(self.at)
 
@@ -243,18 +240,7 @@ class _Sums:
 
     def results(self) -> dict[str, InputStatistics]:
         """By layer."""
-        found = {}
-        for leader, total in self.sums.items():
-            try:
-                found[leader] = total.result()
-            except ValueError as error:
-                raise ValueError(f"{leader}: {error}") from error
-        for layer in self.layers:
-            if layer not in self.leaders:
-                raise ValueError(
-                    f"{layer}: no calibration token reached it, so that nothing is known of its "
-                    f'inputs. Leave it out with skip=["{layer}"], or use more text.'
-                )
+        found = means_of(self.sums, self.layers, self.leaders)
         return {layer: found[self.leaders[layer]] for layer in self.layers}
 
     @contextmanager
@@ -302,22 +288,20 @@ class _Actor(Run):
         if isinstance(reached, BaseException):
             raise reached
 
-    @staticmethod
-    def enter(
-        block: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    def at_gate(
+        self, block: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        """Called at the entrance of a block."""
-        actor = threading.current_thread()
-        if not isinstance(actor, _Actor) or actor._acting:
+        """Wait, and rehearse as often as that is asked for."""
+        if self._acting:
             return
-        while actor.wait(block) == REHEARSE:
-            actor._acting = True
+        while self.wait(block) == REHEARSE:
+            self._acting = True
             try:
                 call_again(module, args, kwargs)
             except _Enough:
                 pass
             finally:
-                actor._acting = False
+                self._acting = False
 
 
 REHEARSE = "rehearse"

@@ -7,13 +7,12 @@ with gradients, before they go on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from loftq.calibration import Run, call_again
+from loftq.calibration import Run, advance, call_again, standing
 from loftq.integrations.blocks import LoadedBlocks
 
 Piece = tuple[Tensor, Tensor]
@@ -35,13 +34,7 @@ class Passage:
         """The block at whose entrance the forwards are; None when they have ended."""
 
     def __enter__(self) -> Passage:
-        self._cleanup = ExitStack()
-        self._cleanup.callback(self.model.module.train, self.model.module.training)
-        self.model.module.eval()
-        for run in self._runs:
-            self._cleanup.callback(run.abandon)
-        for block in self.model.blocks:
-            self._hook(block, lambda *given, block=block: _Waiting.enter(block, *given[1:]))
+        self._cleanup = standing(self.model, self._runs)
         base = self.model.module.get_submodule(self.model.anatomy.base)
         self._cleanup.callback(base.register_forward_hook(_Waiting.end).remove)
         self.advance()
@@ -55,11 +48,10 @@ class Passage:
 
     def advance(self) -> None:
         """All forwards through the block, to the entrance of the next one or the end."""
-        reached = {run.go_on() for run in self._runs}
-        assert len(reached) == 1, f"forwards of one model took different ways: {reached}"
+        reached = advance(self._runs)
         if self.at is not None:
             self.model.drop(self.at)
-        self.at = reached.pop()
+        self.at = reached
         if self.at is not None:
             self.model.load(self.at)
 
@@ -79,11 +71,6 @@ class Passage:
         """What the base model gave for a piece, once the forwards have ended."""
         return self._runs[number].result
 
-    def _hook(self, path: str, hook: Callable[..., None]) -> None:
-        module = self.model.module.get_submodule(path)
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        self._cleanup.callback(handle.remove)
-
 
 class _Waiting(Run):
     """A forward that keeps what it brings to the block where it waits, and what it ends with."""
@@ -91,13 +78,12 @@ class _Waiting(Run):
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]]
     result: Tensor
 
-    @staticmethod
-    def enter(block: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Called at the entrance of a block."""
-        run = threading.current_thread()
-        if isinstance(run, _Waiting):  # else the block is called by itself
-            run.inputs = (args, kwargs)
-            run.wait(block)
+    def at_gate(
+        self, block: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Keep what the block is given, and wait."""
+        self.inputs = (args, kwargs)
+        self.wait(block)
 
     @staticmethod
     def end(module: nn.Module, args: object, output: Any) -> None:
