@@ -30,8 +30,8 @@ from calibrated import (
     kept_rows,
     read_texts,
     scored,
+    show,
     solve,
-    spread,
     tuned,
 )
 from torch import nn
@@ -46,6 +46,7 @@ from loftq.pipeline.allocate import sharing_layers
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.plan import Plan, make_plan
 
+SECONDS = (("allocate s", "allocate_s"), ("solve s", "solve_s"))
 ROWS = tuple(
     f"{allocation}:{bits}{costs}"
     for bits in (2.5, 2.25)
@@ -146,23 +147,6 @@ class Bench:
         return found, starts
 
 
-def show(rows: list[dict], head: str) -> None:
-    texts = list(rows[0]["before"]) if rows else []
-    print(head)
-    names = [f"{text} {when}" for when in ("before", "after") for text in texts]
-    print(f"| row | bits | MB in all | output error | allocate s | solve s | {' | '.join(names)} |")
-    print("|---|" + "--:|" * (5 + len(names)))
-    for r in rows:
-        cells = [f"{r['before'][text]:.2f}" for text in texts]
-        cells += [spread([one[text] for one in r.get("after", [])]) for text in texts]
-        print(
-            f"| {r['row']} | {r['bits']:.3f} | {r['total_bytes'] / 1e6:.1f} | "
-            f"{r['output_error']:.4f} | {r['allocate_s']:.1f} | {r['solve_s']:.1f} | "
-            f"{' | '.join(cells)} |",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--allocation-windows", type=int, default=4)
@@ -216,7 +200,7 @@ def main() -> None:
             begun = time.perf_counter()
             after = tuned(args, model, found, texts, ids)
             keep(done[name] | {"after": after, "tune_s": time.perf_counter() - begun})
-    show(list(done.values()), about(args))
+    show(list(done.values()), about(args), SECONDS)
 
 
 def move(start: Any, device: str) -> Any:

@@ -60,6 +60,7 @@ CHOICES = {field.name for field in fields(Method)} - {
 }
 STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
 PART = 4  # windows whose logits are in memory together
+SOLVED = (("s", "solve_s"),)  # a column of seconds: head, key
 OTHERS = 64  # most windows of the texts besides --data
 
 
@@ -260,19 +261,38 @@ def output_error(W: Tensor, now: Tensor, gram: Tensor) -> float:
     return math.sqrt(left / whole)
 
 
-def show(rows: list[dict], about: str) -> None:
-    """A markdown table: each text before and after tuning, medians and ranges over seeds."""
+def to_run(args: argparse.Namespace, rows: list[dict], begin: float) -> Iterator[str]:
+    """The rows that are not there yet, as long as --seconds from `begin` are not over."""
+    for row in args.rows:
+        if row in {known["row"] for known in rows}:
+            continue
+        if time.perf_counter() - begin > args.seconds:
+            print(f"{row}: no time left")
+            continue
+        yield row
+
+
+def show(rows: list[dict], about: str, seconds: tuple[tuple[str, str], ...] = SOLVED) -> None:
+    """A markdown table: each text before and after tuning, medians and ranges over seeds.
+
+    Args:
+        rows: of `measure`.
+        about: a line above the table.
+        seconds: head and key of each column of seconds.
+    """
     texts = list(rows[0]["before"]) if rows else []
-    names = [f"{text} {when}" for when in ("before", "after") for text in texts]
+    names = [head for head, _ in seconds]
+    names += [f"{text} {when}" for when in ("before", "after") for text in texts]
     print(about)
-    print(f"| row | bits | MB in all | output error | s | {' | '.join(names)} |")
-    print("|---|" + "--:|" * (4 + len(names)))
+    print(f"| row | bits | MB in all | output error | {' | '.join(names)} |")
+    print("|---|" + "--:|" * (3 + len(names)))
     for r in rows:
-        cells = [f"{r['before'][text]:.2f}" for text in texts]
+        cells = [f"{r[key]:.1f}" for _, key in seconds]
+        cells += [f"{r['before'][text]:.2f}" for text in texts]
         cells += [spread([one[text] for one in r.get("after", [])]) for text in texts]
         print(
             f"| {r['row']} | {r['bits']:.3f} | {r['total_bytes'] / 1e6:.1f} | "
-            f"{r['output_error']:.4f} | {r['solve_s']:.1f} | {' | '.join(cells)} |",
+            f"{r['output_error']:.4f} | {' | '.join(cells)} |",
             flush=True,
         )
 
@@ -335,12 +355,7 @@ def main() -> None:
     model, source = model.to(args.device), open_checkpoint(args.model)
     rows, failed = kept_rows(args), []
     print(f"reference {scored(args, model, texts)}", flush=True)
-    for row in args.rows:
-        if row in {known["row"] for known in rows}:
-            continue
-        if time.perf_counter() - begin > args.seconds:
-            print(f"{row}: no time left")
-            continue
+    for row in to_run(args, rows, begin):
         if args.device.startswith("cuda"):  # streams and threads of a row keep memory of their own
             torch.cuda.empty_cache()
         try:

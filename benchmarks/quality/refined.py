@@ -162,12 +162,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     model, source = model.to(args.device), open_checkpoint(args.model)
     rows, failed = calibrated.kept_rows(args), []
-    for row in args.rows:
-        if row in {known["row"] for known in rows}:
-            continue
-        if time.perf_counter() - begin > args.seconds:
-            print(f"{row}: no time left")
-            continue
+    for row in calibrated.to_run(args, rows, begin):
         try:
             found = measure(args, model, row, source, texts)
             if ids is not None:

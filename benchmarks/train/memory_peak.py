@@ -12,7 +12,6 @@ shows that it runs.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine, release
 from shapes import random_model, subject, with_adapter
 from step import train_steps
 
@@ -71,7 +71,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=330, help="start no cell after this")
     given = options.parse_args()
     report, start = Report(given.output), time.perf_counter()
-    report.add(f"# Training memory, {_machine(given.device)}, {date.today()}", "")
+    report.add(f"# Training memory, {machine(given.device)}, {date.today()}", "")
     report.add(*CAPPED_HEAD)
     for shape, gigabytes in CAPPED if given.device == "cuda" else ():
         report.add(
@@ -104,13 +104,13 @@ def _compare(report: Report, shape: str, bits: int, device: str, deadline: float
                         a, described.with_rank(r), n, w, device), row)
                 )  # fmt: skip
         model = adapted.unload()  # the base again, without adapters
-        _release()
+        release()
 
 
 def _cell(adapted: Any, described: Any, length: int, row: str, device: str) -> str:
     settings = _settings(adapted, length, device)
     predicted = predict(described, settings)
-    _release()
+    release()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     train_steps(adapted, settings, 3, device=device)
@@ -144,7 +144,7 @@ def _capped(shape: str, gigabytes: float) -> str:
         )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-        _release()
+        release()
 
 
 def _subject(shape: str, **options: Any) -> Any:
@@ -164,20 +164,7 @@ def _guarded(cell: Any, row: str) -> str:
         traceback.print_exc()
         return f"{row} {type(error).__name__}: {str(error).splitlines()[0][:80]} |"
     finally:
-        _release()
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _machine(device: str) -> str:
-    import transformers
-
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+        release()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ CPU (--device cpu --shape tiny) the script only shows that it runs.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine, release
 from shapes import dense_model, random_model, subject, with_adapter
 from step import train_steps
 
@@ -46,7 +46,7 @@ def main() -> None:
     """The table, and profiles where asked for."""
     given = _options()
     start = time.perf_counter()
-    lines = [_machine(given.device), "", *HEAD]
+    lines = [machine(given.device), "", *HEAD]
     for bits in given.bits:
         for path in given.paths:
             if time.perf_counter() - start > given.seconds or (path == "bf16" and bits != 4):
@@ -56,7 +56,7 @@ def main() -> None:
             except Exception as error:
                 traceback.print_exc()
                 lines.append(f"| {bits} bits | {path}: {str(error).splitlines()[0][:120]} |")
-            _release()
+            release()
             given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n" + "\n".join(lines), flush=True)
 
@@ -85,7 +85,7 @@ def _row(model: Any, given: argparse.Namespace, batch: int, path: str, bits: int
     settings = _settings(model, given, batch)
     fused, cuda = path == "fused", given.device == "cuda"
     warm = train_steps(model, settings, WARM_UP, device=given.device, fused=fused)
-    _release()
+    release()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     done = train_steps(model, settings, given.steps, device=given.device, fused=fused)
@@ -125,19 +125,6 @@ def _settings(model: Any, given: argparse.Namespace, batch: int) -> TrainingSett
     settings = TrainingSettings(batch_size=batch, length=given.length, device=given.device)
     fused = add_fused_head(model.get_base_model())
     return settings if fused else replace(settings, loss="full")
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _machine(device: str) -> str:
-    import transformers
-
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def _options() -> argparse.Namespace:
