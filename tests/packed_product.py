@@ -40,3 +40,20 @@ class Problem:
         allowed = KERNEL_ERROR_RATIO * (plain.double() - exact).norm()
         rounding = torch.finfo(y.dtype).eps / 2 * self.size.norm()
         assert (y.double() - exact).norm() <= torch.maximum(allowed, rounding)
+
+
+def check_overlap(chain):
+    """Captured in a graph and replayed, overlapping launches give the bits of plain ones.
+
+    chain: overlap -> a CUDA tensor, each launch reading what the one before it wrote.
+    """
+    wanted = chain(False)
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(True)
+    for _ in range(3):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, wanted)
