@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loftq.allocation import ALLOCATIONS
+from loftq.allocation import MEASURED
 from loftq.calibration import BlockModel, TokenWindows
 from loftq.checkpoint import Checkpoint, open_checkpoint
 from loftq.integrations import allocate, artifact, calibrate, discover, memory, refine
@@ -58,7 +58,7 @@ def plan(
     if measure and not _config(options).allocation_row().measured:
         raise ValueError(
             "measure: this allocation goes by depth and has no costs. Choose one that has: "
-            f"{', '.join(name for name, row in ALLOCATIONS.items() if row.measured)}."
+            f"{', '.join(MEASURED)}."
         )
     follow = (on_block, on_cost) if measure else None
     return _prepare(model, chosen, max_shard_bytes, options, follow).plan

@@ -11,9 +11,12 @@ from loftq.allocation.patterns import matches, unmatched
 from loftq.allocation.table import CostTable
 
 ALLOCATIONS: dict[str, Allocation] = {row.name: row for row in (FIRST, ERROR, RELATIVE, KL)}
+MEASURED = tuple(name for name, row in ALLOCATIONS.items() if row.measured)
+"""Those that go by a table of costs."""
 
 __all__ = [
     "ALLOCATIONS",
+    "MEASURED",
     "Allocation",
     "Choice",
     "CostTable",

@@ -76,20 +76,21 @@ def allocated(
     layers = sharing_layers(config, layout)
     names, specs = [info.module for info in layers], config.candidate_formats()
     todo = [spec for spec in specs if table.missing(names, str(spec))]
-    if todo and measuring is None:
+    if not todo:
+        return decide(config, layout, table)
+    if measuring is None:
         gaps = sum(len(table.missing(names, str(spec))) for spec in todo)
         raise PlanError(
             f"allocation={config.allocation}: {gaps} of {len(names) * len(specs)} costs are not "
             "measured yet. `loftq plan --measure` does so and keeps them, and so does `loftq "
             "quantize`."
         )
-    if todo and measuring is not None:
-        plans = {}
-        for spec in todo:
-            alone = uniform(config, spec)
-            known = calibrate.planned(alone, windows, source.fingerprint(), device)
-            plans[str(spec)] = make_plan(alone, layout, source, device=device, calibration=known)
-        _fill(config, table, plans, layers, source, windows, measuring)
+    plans = {}
+    for spec in todo:
+        alone = uniform(config, spec)
+        known = calibrate.planned(alone, windows, source.fingerprint(), device)
+        plans[str(spec)] = make_plan(alone, layout, source, device=device, calibration=known)
+    _fill(config, table, plans, layers, source, windows, measuring)
     return decide(config, layout, table)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from loftq.integrations.discover import load_config
 from loftq.integrations.peft import backbone_of, check_lineage
 from loftq.nn import packed_layers
+from loftq.pipeline.plan import ADAPTER_PREFIX
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,8 +33,6 @@ TASK_TYPES: Mapping[str, str | None] = {
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
 }
 """PEFT's name of what a class of transformers is for; None = it has none, and passes all on."""
-PREFIX = "base_model.model."
-"""That PEFT puts before the paths of a model in its files."""
 
 
 class HeadError(ValueError):
@@ -276,4 +275,4 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _path(key: str) -> str:
     """Path of the layer of a key in an adapter's file."""
-    return key.removeprefix(PREFIX).partition(".lora_")[0]
+    return key.removeprefix(ADAPTER_PREFIX).partition(".lora_")[0]

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from loftq.integrations.peft import backbone_of, check_lineage
 from loftq.nn.members import attach_members_, for_members
+from loftq.pipeline.plan import ADAPTER_PREFIX
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-PREFIX = "base_model.model."
-"""That PEFT puts before the paths of a model in its files."""
 ENSEMBLE = "ensemble.json"
 """In the folder of an ensemble: its members."""
 BY_ROW = (
@@ -163,7 +162,7 @@ def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
         raise MembersError(f"{folder}: DoRA or trained biases; members are plain LoRA.")
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "adapter_model.safetensors").items():
-        path, _, name = key.removeprefix(PREFIX).rpartition(".")
+        path, _, name = key.removeprefix(ADAPTER_PREFIX).rpartition(".")
         if "lora_embedding" in name:
             raise MembersError(f"{folder}: {key} adapts an embedding; members adapt layers.")
         layer, _, factor = path.rpartition(".lora_")

@@ -4,19 +4,12 @@ Statistics are taken of the model quantized so far, and the target is the weight
 the drift of its inputs (methods/target.py). docs/methods.md has the ablation that chose the parts.
 """
 
-from loftq.methods.base import Method
+from loftq.methods.fast import FAST
 
-BEST = Method(
+BEST = FAST.with_options(
     name="best",
-    paper="",
     summary="Ours, needs text: as fast, but layer after layer, each making up for those before.",
-    needs="gram",
-    metric="gram",
-    rounding="gptq-descent",
-    schedule="projection",
     target="sequential",
     blend=1.0,
     target_damping=0.1,
-    damping=0.03,
-    iterations=5,
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from loftq.allocation import ALLOCATIONS, Allocation
+from loftq.allocation import ALLOCATIONS, MEASURED, Allocation
 from loftq.formats import FITS, FormatSpec, parse_format
 from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
@@ -181,10 +181,9 @@ class QuantizeConfig:
         if not self.allocation_row().measured:
             given = [key for key in ("candidates", "costs_by") if getattr(self, key)]
             if given:
-                measured = ", ".join(name for name, row in ALLOCATIONS.items() if row.measured)
                 return (
                     f"{given[0]}: allocation={self.allocation} goes by depth and has no costs to "
-                    f"choose by. Choose one that measures: {measured}."
+                    f"choose by. Choose one that measures: {', '.join(MEASURED)}."
                 )
             return ""
         if self.format is not None or self.engine is not None:

@@ -194,16 +194,9 @@ def _settle_batch(
     if plan.calibration is None or statistics is None:
         return
     for i, layer in enumerate(batch.layers):
-        statistics.settle(
-            layer.info.module,
-            lambda i=i, layer=layer: effective(  # type: ignore[misc]
-                layer.info,
-                solution.quantized[i],
-                solution.lora_A[i],
-                solution.lora_B[i],
-                plan.config.scaling,
-            ),
-        )
+        parts = solution.quantized[i], solution.lora_A[i], solution.lora_B[i]
+        weight = partial(effective, layer.info, *parts, plan.config.scaling)
+        statistics.settle(layer.info.module, weight)
 
 
 def effective(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from loftq.lab.compare.table import Comparison, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANEL = (4.4, 3.4)  # inches
 COLUMNS = 3
@@ -38,17 +41,10 @@ def draw(found: Comparison, path: Path) -> Path:
     Raises:
         ValueError: no matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install 'loftq[report]'.") from error
-
     tasks = list(found.recipe.tasks)
     columns = min(COLUMNS, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.7), layout="constrained")
+    with drawn(path, (PANEL[0] * columns, PANEL[1] * rows + 0.7)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         curves = curves_of(tuple(found.lines))
         for task, panel in zip(tasks, panels, strict=False):
@@ -64,9 +60,27 @@ def draw(found: Comparison, path: Path) -> Path:
             named = figure.axes[0].get_legend_handles_labels()
             figure.legend(*named, loc="outside lower center", ncols=2)
         figure.suptitle(f"{found.recipe.name}: {found.recipe.model}", fontsize=10.5)
+    return path
+
+
+@contextmanager
+def drawn(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of `size` inches in our style, written to `path` at the end; without its date.
+
+    Raises:
+        ValueError: no matplotlib.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib: pip install 'loftq[report]'.") from error
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, metadata=metadata, dpi=150)
-    return path
 
 
 def _panel(axes: Axes, found: Comparison, task: str) -> None:

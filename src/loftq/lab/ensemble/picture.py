@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.lab.compare.picture import COLORS, STYLE
+from loftq.lab.compare.picture import COLORS, drawn
 from loftq.lab.ensemble.result import EnsembleResult
 
 if TYPE_CHECKING:
@@ -24,19 +24,12 @@ def draw_reliability(found: EnsembleResult, path: Path) -> Path:
     Raises:
         ValueError: no matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install 'loftq[report]'.") from error
-
     panels = (
         (f"mean of {len(found.members)} members", found.member_diagram, COLORS[6],
          sum(member.ece for member in found.members) / len(found.members)),
         ("ensemble", found.diagram, COLORS[0], found.ensemble.ece),
     )  # fmt: skip
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+    with drawn(path, SIZE) as figure:
         rows = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
         for place, (name, bars, color, missed) in enumerate(panels):
             _accuracy(rows[0, place], bars, color, f"{name}: ECE {100 * missed:.1f} %")
@@ -44,8 +37,6 @@ def draw_reliability(found: EnsembleResult, path: Path) -> Path:
         rows[0, 0].set_ylabel("accuracy")
         rows[1, 0].set_ylabel("share of rows")
         figure.suptitle(f"{found.task} ({found.split}, {found.rows} rows)", fontsize=10.5)
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, metadata=metadata, dpi=150)
     return path
 
 
