@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from loftq.train import prepare
+from loftq.train.graphs import StepGraphs
 from loftq.train.trainers import Watched, one_process
 
 Score = Callable[[], Mapping[str, float]]
@@ -17,6 +18,8 @@ Score = Callable[[], Mapping[str, float]]
 
 
 Trained = TypeVar("Trained", bound="TaskTrainer")
+ITEMS = "num_items_in_batch"
+"""Name of what a step's loss is divided by, among the tensors of a batch."""
 
 
 class Features(Dataset):
@@ -38,6 +41,25 @@ class TaskTrainer(Watched, Trainer):
     score: Score | None = None
     fused = False
     """Whether the model gives log-probabilities of labels without logits of the vocabulary."""
+    graphs: StepGraphs | None = None
+    """Of the steps that are trained; None = kernel by kernel."""
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Forward and backward of a batch, from a graph if there is one."""
+        step = super().training_step
+        if self.graphs is None:
+            return step(model, inputs, num_items_in_batch, **kwargs)
+        batch = dict(self._prepare_inputs(inputs))
+        if num_items_in_batch is not None:
+            batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=self.args.device)
+
+        def computed(batch: dict[str, Any]) -> Any:
+            items = batch.pop(ITEMS, None)
+            return step(model, batch, items, **kwargs)
+
+        return self.graphs(computed, batch)
 
     def compute_loss(
         self,
@@ -79,6 +101,7 @@ def build(
     by_token: bool,
     score: Score | None,
     callbacks: list[Any],
+    graphs: bool = False,
 ) -> Trained:
     """A trainer on encoded features.
 
@@ -96,6 +119,8 @@ def build(
         best: metric that names the best checkpoint; None = the validation loss.
         score: metrics at a validation; None = the loss alone.
         callbacks: for the trainer.
+        graphs: capture the steps (`train.graphs`); a causal language model then holds the logits of
+            a batch, as finding the tokens that are learnt waits for the device.
     """
     chosen = arguments | {
         "remove_unused_columns": False,
@@ -116,7 +141,9 @@ def build(
     )
     trainer.score = score
     trainer.model_accepts_loss_kwargs = by_token and trainer.model_accepts_loss_kwargs
-    if trainer.model_accepts_loss_kwargs:
+    if graphs:
+        trainer.graphs = StepGraphs(model.parameters())
+    elif trainer.model_accepts_loss_kwargs:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         trainer.fused = prepare.add_fused_head(base)
     return trainer
