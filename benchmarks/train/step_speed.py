@@ -34,6 +34,13 @@ from loftq.train.memory.predict import TrainingSettings
 from loftq.train.prepare import add_fused_head
 
 WARM_UP = 3
+PATHS: dict[str, dict[str, bool]] = {
+    "graphs": {"fused": True, "graphs": True},
+    "fused": {"fused": True},
+    "plain": {"fused": False},
+    "bf16": {"fused": False},
+}
+"""Name of a path -> how `train_steps` takes it."""
 TOP = 22
 """Kernels that a profile shows."""
 HEAD = (
@@ -83,12 +90,12 @@ def _rows(given: argparse.Namespace, bits: int, path: str, start: float) -> list
 
 def _row(model: Any, given: argparse.Namespace, batch: int, path: str, bits: int) -> str:
     settings = _settings(model, given, batch)
-    fused, cuda = path == "fused", given.device == "cuda"
-    warm = train_steps(model, settings, WARM_UP, device=given.device, fused=fused)
+    paths, cuda = PATHS[path], given.device == "cuda"
+    warm = train_steps(model, settings, WARM_UP, device=given.device, **paths)
     release()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    done = train_steps(model, settings, given.steps, device=given.device, fused=fused)
+    done = train_steps(model, settings, given.steps, device=given.device, **paths)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
     low, *_, high = statistics.quantiles(done.seconds, n=5)
     median = statistics.median(done.seconds)
@@ -108,7 +115,7 @@ def _profile(model: Any, given: argparse.Namespace, batch: int, path: str, bits:
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     settings = _settings(model, given, batch)
     with profile(activities=activities) as found:
-        done = train_steps(model, settings, 2, device=given.device, fused=path == "fused")
+        done = train_steps(model, settings, 2, device=given.device, **PATHS[path])
     kernels: dict[str, list[float]] = {}
     for event in found.events():
         spent = event.device_time if cuda else event.self_cpu_time_total

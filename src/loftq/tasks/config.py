@@ -46,9 +46,6 @@ class TaskConfig:
     kl: float = 0.0
     """Weight of KL(model || start), nats a prediction, in the loss: holds predictions near those
     before training. Members of an ensemble are less sure with it."""
-    graphs: bool = False
-    """Launch the kernels of a step all at once, as a CUDA graph for each of a few lengths: small
-    models train up to several times as fast, and need the memory of every graph."""
     quantize_seed: int = 0
     """Of the quantization. `seed` is the training's, so that runs of several seeds share one
     backbone."""

@@ -17,9 +17,8 @@ from loftq.tasks.start import Start
 from loftq.tasks.trainer import TaskTrainer, build
 from loftq.train import resume
 from loftq.train.arguments import DTYPES
-from loftq.train.errors import TrainError
 from loftq.train.forecast import Forecast, forecast
-from loftq.train.graphs import Collator, Rounded, why_not
+from loftq.train.graphs import Collator, Rounded
 from loftq.train.peak import PeakMeter
 from loftq.train.sitting import Sitting
 
@@ -84,7 +83,7 @@ class TaskSession(Sitting):
             validation=inputs.validation,
             arguments=self._arguments(),
             collate=self._collator(),
-            graphs=self.chosen.graphs,
+            graphs=self.config.graphs,
             by_token=task.auto_class(inputs.config) == "AutoModelForCausalLM",
             best=None if by_loss else task.primary,
             score=None if by_loss else self._validate,
@@ -101,11 +100,8 @@ class TaskSession(Sitting):
         def collate(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             return task.collate(features, tokenizer)
 
-        if not self.chosen.graphs:
+        if not self.config.graphs:
             return collate
-        reason = why_not(self.place.device, processes=self.place.processes, dtype=self.dtype)
-        if reason:
-            raise TrainError(f"graphs=true: {reason}. Leave it out.")
         fill = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
         fill |= {"attention_mask": 0, "token_type_ids": 0}
         return Rounded(collate, self.inputs.length, fill)

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from loftq.train import prepare
 from loftq.train.graphs import StepGraphs
+from loftq.train.tiles import base_of, why_not_tiled
 from loftq.train.trainers import Watched, one_process
 
 Score = Callable[[], Mapping[str, float]]
@@ -18,8 +19,6 @@ Score = Callable[[], Mapping[str, float]]
 
 
 Trained = TypeVar("Trained", bound="TaskTrainer")
-ITEMS = "num_items_in_batch"
-"""Name of what a step's loss is divided by, among the tensors of a batch."""
 
 
 class Features(Dataset):
@@ -41,25 +40,6 @@ class TaskTrainer(Watched, Trainer):
     score: Score | None = None
     fused = False
     """Whether the model gives log-probabilities of labels without logits of the vocabulary."""
-    graphs: StepGraphs | None = None
-    """Of the steps that are trained; None = kernel by kernel."""
-
-    def training_step(
-        self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
-        """Forward and backward of a batch, from a graph if there is one."""
-        step = super().training_step
-        if self.graphs is None:
-            return step(model, inputs, num_items_in_batch, **kwargs)
-        batch = dict(self._prepare_inputs(inputs))
-        if num_items_in_batch is not None:
-            batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=self.args.device)
-
-        def computed(batch: dict[str, Any]) -> Any:
-            items = batch.pop(ITEMS, None)
-            return step(model, batch, items, **kwargs)
-
-        return self.graphs(computed, batch)
 
     def compute_loss(
         self,
@@ -69,7 +49,7 @@ class TaskTrainer(Watched, Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's own loss, or the same from a fused head: nats over the tokens of a step."""
-        if not self.fused:
+        if not self.fused or (self.tiled and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -119,8 +99,7 @@ def build(
         best: metric that names the best checkpoint; None = the validation loss.
         score: metrics at a validation; None = the loss alone.
         callbacks: for the trainer.
-        graphs: capture the steps (`train.graphs`); a causal language model then holds the logits of
-            a batch, as finding the tokens that are learnt waits for the device.
+        graphs: capture the steps (`train.graphs`).
     """
     chosen = arguments | {
         "remove_unused_columns": False,
@@ -141,9 +120,10 @@ def build(
     )
     trainer.score = score
     trainer.model_accepts_loss_kwargs = by_token and trainer.model_accepts_loss_kwargs
+    if trainer.model_accepts_loss_kwargs:
+        base = base_of(model)
+        trainer.fused = prepare.add_fused_head(base)
+        trainer.tiled = graphs and not why_not_tiled(base)
     if graphs:
         trainer.graphs = StepGraphs(model.parameters())
-    elif trainer.model_accepts_loss_kwargs:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        trainer.fused = prepare.add_fused_head(base)
     return trainer

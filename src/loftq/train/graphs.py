@@ -134,12 +134,16 @@ class Rounded:
         return batch
 
 
-def why_not(device: torch.device, *, processes: int, dtype: str) -> str:
-    """Why steps cannot be captured here, or ""."""
+def why_not(
+    model: nn.Module, device: torch.device, *, processes: int, dtype: str, checkpointing: bool
+) -> str:
+    """Why steps of this model cannot be captured here, or ""."""
     if device.type != "cuda":
         return "graphs are a CUDA feature"
     if processes > 1:
         return "gradients of several processes are averaged while the backward runs"
     if dtype == "fp16":
         return "fp16 scales its loss anew at every step"
+    if checkpointing and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return "what checkpointing computes again would drop other values; checkpointing=false"
     return ""
