@@ -95,10 +95,11 @@ class StepGraphs:
     def _capture(self, step: Step, batch: Batch) -> _Captured:
         static = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: a data loader pins memory.
-        mode = "thread_local"
+        # Other threads go on meanwhile: a data loader pins memory. What a model would make on the
+        # host and copy over, such as positions, it makes on the device.
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
+            with self.gradients[0].device, capture:
                 loss = step(static)
         except RuntimeError as error:
             first = str(error).splitlines()[0]
