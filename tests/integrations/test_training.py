@@ -67,6 +67,46 @@ def test_loss_and_gradients_are_those_of_the_stock_path(name: str, checkpointing
     assert_same(step(model), wanted)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_adapters_on_dense_layers_take_the_same_path(name: str) -> None:
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "query", "key", "intermediate.dense"]
+    options = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(zoo.build(name), options).eval()  # without dropout
+    inputs = zoo.ZOO[name].inputs()
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach(), {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    wanted = run()
+    plan = fuse_for_training(model)
+    assert sum(map(len, plan.grouped)) == len(wanted[1]) // 2
+    assert_same(run(), wanted)
+
+
+def test_a_dense_layer_that_is_trained_runs_peft() -> None:
+    model = get_peft_model(zoo.build("llama"), LoraConfig(r=4, target_modules=["o_proj"]))
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("base_layer" in path or parameter.requires_grad)
+    plan = fuse_for_training(model)
+    assert not plan.grouped
+    assert set(plan.left.values()) == {"its weight is trained"}
+
+
+def test_going_backward_twice_is_refused() -> None:
+    model = packed("llama")
+    fuse_for_training(model)
+    loss = model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["phi", "phi3", "gpt2", "bert", "mixtral", "opt"])
 def test_other_families_take_what_fits_them(name: str) -> None:
     model = packed(name, allow_uncovered=name == "mixtral")

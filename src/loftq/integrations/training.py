@@ -1,4 +1,6 @@
-"""A stock transformers + PEFT model on packed layers, made fast for training without new modules.
+"""A stock transformers + PEFT model, made fast for training without new modules.
+
+Its layers are packed; those that are dense, as in LoRA on 16-bit weights, take the same path.
 
 Layers, norms, attentions and MLPs keep their class, their parameters and their names and get a
 `forward` of their own that computes the same in fewer passes: projections that share an input as a
@@ -35,7 +37,7 @@ class TrainingPlan:
     """Which modules take which path in training."""
 
     grouped: tuple[tuple[str, ...], ...]
-    """Paths of adapted packed layers, those that are computed together side by side."""
+    """Paths of adapted layers, those that are computed together side by side."""
     norms: int
     """Norms that run as one kernel."""
     rotary: int
@@ -43,7 +45,7 @@ class TrainingPlan:
     gates: int
     """MLPs whose gated activation does."""
     left: dict[str, str] = field(default_factory=dict)
-    """Paths of adapted packed layers that run PEFT's forward -> why."""
+    """Paths of adapted layers that run PEFT's forward -> why."""
 
     @property
     def reasons(self) -> str:
@@ -69,12 +71,12 @@ def fuse_for_training(model: nn.Module) -> TrainingPlan:
     """Bind the fast forwards, in place; `undo_training` takes them away.
 
     Args:
-        model: a PEFT model on a packed backbone.
+        model: a PEFT model, on a packed backbone or on a dense one.
     """
     undo_training(model)
     undo_inference(model)
     paths = {module: path for path, module in model.named_modules()}
-    adapted = [module for module in paths if is_adapted(module)]
+    adapted = [module for module in paths if is_adapted(module) or _is_adapted_dense(module)]
     left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
     groups = _groups(paths, [m for m in adapted if paths[m] not in left])
     for layers in groups:
@@ -115,9 +117,11 @@ def why_not_trained(module: Any) -> str:
     dropout = module.lora_dropout[name]
     if not isinstance(dropout, nn.Identity) and dropout.p > 0:
         return "its adapter has dropout"
-    bias = module.base_layer.bias
-    if bias is not None and bias.requires_grad:
+    base = module.base_layer
+    if base.bias is not None and base.bias.requires_grad:
         return "its bias is trained"
+    if type(base) is nn.Linear and base.weight.requires_grad:  # packed ones never are
+        return "its weight is trained"
     return ""
 
 
@@ -205,8 +209,11 @@ class _Gate(_Bound):
         if torch.compiler.is_compiling():
             return self.stock(x)
         pair = _to_train(x, mlp.gate_proj, mlp.up_proj)
-        gate, up = project(autocast(x), pair) if pair else (mlp.gate_proj(x), mlp.up_proj(x))
-        return mlp.down_proj(pointwise.call_gate(gate, up, self.activation))
+        if pair:  # made here, for nobody else
+            inner = pointwise.call_gate_once(*project(autocast(x), pair), self.activation)
+        else:
+            inner = pointwise.call_gate(mlp.gate_proj(x), mlp.up_proj(x), self.activation)
+        return mlp.down_proj(inner)
 
 
 def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:
@@ -244,6 +251,12 @@ def _with_gates(
     pairs = [(mlp.gate_proj, mlp.up_proj) for mlp in gates]
     joined = {one: pair for pair in pairs if single.issuperset(pair) for one in pair}
     return list(dict.fromkeys(joined.get(layers[0], layers) for layers in groups))
+
+
+def _is_adapted_dense(module: nn.Module) -> bool:
+    """Whether this is a PEFT layer around a plain linear one, as of LoRA on 16-bit weights."""
+    base = getattr(module, "base_layer", None)
+    return type(base) is nn.Linear and hasattr(module, "lora_A")
 
 
 def _is_foreign(module: nn.Module) -> bool:

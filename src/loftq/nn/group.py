@@ -1,4 +1,4 @@
-"""Adapted packed layers that read one input, computed together for training.
+"""Adapted layers that read one input, computed together for training.
 
     y_i = W_i x + b_i + s_i B_i u_i,   [u_1; u_2; ...] = [A_1; A_2; ...] x
 
@@ -20,19 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from loftq.nn.linear import QuantLinear
-from loftq.ops import quant_linear
-from loftq.ops.direct import direct
-from loftq.ops.schema import quant_linear_backward
+from loftq.nn.frozen import add_gradient, product
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A packed layer with the one adapter that is trained on it."""
+    """A frozen layer, packed or dense, with the one adapter that is trained on it."""
 
-    layer: QuantLinear
+    layer: nn.Linear
     A: Tensor
     """lora_A (rank, in_features)."""
     B: Tensor
@@ -176,28 +173,14 @@ def _of_input(grads: Sequence[Tensor | None], group: Sequence[Adapted]) -> Tenso
     total = None
     for grad, one in zip(grads, group, strict=True):
         if grad is not None:
-            mine = _backward_of_weight(grad, one.layer)
-            total = mine if total is None else total.add_(mine)
+            total = add_gradient(total, grad, one.layer)
     return total
 
 
 def _output(x: Tensor, u: Tensor, one: Adapted, B: Tensor) -> Tensor:
-    layer = one.layer
-    y = direct(quant_linear, x)(
-        x, layer.weight_packed, layer.weight_scale, layer.weight_zero, layer.weight_nested,
-        *layer.layout,
-    )  # fmt: skip
-    if layer.bias is not None:
-        y += layer.bias.to(y.dtype)
+    y = product(x, one.layer)
     y.view(-1, y.shape[-1]).addmm_(u, B.T, alpha=one.scaling)
     return y
-
-
-def _backward_of_weight(grad: Tensor, layer: QuantLinear) -> Tensor:
-    return direct(quant_linear_backward, grad)(
-        grad, layer.weight_packed, layer.weight_scale, layer.weight_zero, layer.weight_nested,
-        layer.in_features, *layer.layout,
-    )  # fmt: skip
 
 
 @torch.no_grad()

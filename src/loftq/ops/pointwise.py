@@ -95,6 +95,50 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, 
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
+@torch.library.custom_op("loftq::gate_backward_", mutates_args=("gate", "up"))
+def gate_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """`gate_backward` written over gate and up, which are contiguous."""
+    if kernels := pointwise_kernels(gate):
+        kernels.gate_backward_(grad, gate, up, activation)
+        return
+    for to, found in zip(
+        (gate, up), reference.gate_backward_reference(grad, gate, up, activation), strict=True
+    ):
+        to.copy_(found)
+
+
+class _GateOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate_, up)
+        ctx.activation, ctx.spent = activation, False
+        y: Tensor = direct(gate, gate_)(gate_, up, activation)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the training layer goes backward through a gate once, since it writes the "
+                "gradients over its inputs: leave retain_graph=True out, or train with fused=False."
+            )
+        ctx.spent = True
+        found = [tensor.detach() for tensor in ctx.saved_tensors]
+        direct(gate_backward_, grad)(grad, *found, ctx.activation)
+        return *found, None
+
+
+def call_gate_once(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`gate`, whose backward writes the gradients over gate and up: memory for two tensors less.
+
+    Args:
+        gate, up: contiguous, and nobody else's: neither kept nor read after this call.
+        activation: as of `gate`.
+    """
+    y: Tensor = _GateOnce.apply(gate, up, activation)
+    return y
+
+
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, *ctx.shape = inputs
     ctx.save_for_backward(x, weight)

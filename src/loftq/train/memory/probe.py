@@ -37,7 +37,7 @@ REFERENCE_SCRATCH = 9
 """Bytes that the plain PyTorch dequantization takes for each weight besides its result."""
 POINTWISE_SCRATCH = 16
 """Bytes that plain PyTorch takes for each element of a norm, rotation or gate beside the result."""
-POINTWISE = ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward")
+POINTWISE = ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward", "gate_backward_")
 WALK = "loftq_walk"
 """Name of the attention that is walked through."""
 
