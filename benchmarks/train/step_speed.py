@@ -39,6 +39,7 @@ PATHS: dict[str, dict[str, bool]] = {
     "fused": {"fused": True},
     "plain": {"fused": False},
     "bf16": {"fused": False},
+    "dense-fused": {"fused": True},
 }
 """Name of a path -> how `train_steps` takes it."""
 TOP = 22

@@ -2,8 +2,8 @@
 
     y_i = W_i x + b_i + s_i B_i u_i,   [u_1; u_2; ...] = [A_1; A_2; ...] x
 
-Two nodes of the autograd graph make a group. `_Down` computes u in one product and keeps x and u;
-`_Up` computes the outputs and keeps nothing: its backward reads what `_Down` kept. So, when
+Two nodes of the autograd graph make a group. `_Down` computes u in one product and keeps x and u
+(of an x that a norm made, only the norm's input is kept, which the norm keeps anyway); `_Up` computes the outputs and keeps nothing: its backward reads what `_Down` kept. So, when
 checkpointing computes a block again, it has all it wants once the last u is there and never
 repeats the large product of a last layer. `_Up` differentiates all that x is needed for and lets
 go of it before the first dense weight is there; the gradient of x is summed in place and left with
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.nn.frozen import add_gradient, product
+from loftq.ops.pointwise import norm_again, norm_behind
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class _Down(torch.autograd.Function):
         ctx: Any, x: Tensor, group: tuple[Adapted, ...], factors: _Factors, *As: Tensor
     ) -> Tensor:
         u = _rows(x) @ factors.A.T
-        ctx.save_for_backward(x, u)
+        ctx.norm = norm_behind(x)
+        ctx.save_for_backward(*([u] if ctx.norm else [u, x]))
         # Parameters are not saved but watched: each saved tensor costs checkpointing 10 us.
         ctx.group, ctx.versions = group, _versions(group)
         return u
@@ -117,12 +119,13 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         down, group = ctx.down, ctx.down.group
-        x, u = down.saved_tensors
+        u, *kept = down.saved_tensors
         if _versions(group) != down.versions:
             raise RuntimeError(
                 "an adapter was changed in place between the forward and the backward of a step: "
                 "make the optimizer's step after the backward."
             )
+        x = norm_again(down.norm) if down.norm else kept.pop()
         rows = [None if grad is None else _rows(grad) for grad in grads]
         factors, shape = _cast(group, u.dtype), x.shape
         grad_u, grad_As, grad_Bs = _of_adapters(rows, group, factors, _rows(x), u)
