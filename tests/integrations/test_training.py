@@ -289,3 +289,37 @@ def test_a_norm_that_computes_something_else_is_left_as_it_is() -> None:
     block.input_layernorm = _Doubled(zoo.WIDTH)
     assert fuse_for_training(model).norms == WHOLE["llama"] - 1
     assert "forward" not in block.input_layernorm.__dict__
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_captured_step_gives_the_gradients_of_an_eager_one() -> None:
+    """Also after the adapters changed: what is cast of them is cast inside of the graph."""
+    model = packed("llama").cuda()
+    prepare_for_training(model)
+    ids = zoo.tokens().cuda()
+
+    def run() -> dict[str, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = model.get_base_model().model(ids, use_cache=False).last_hidden_state
+        hidden.float().square().mean().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for gradient in (run(), run()):  # buffers that stay; kernels compiled
+        torch._foreach_zero_(list(gradient.values()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    torch._foreach_zero_(list(captured.values()))
+    graph.replay()
+    found = {name: gradient.clone() for name, gradient in captured.items()}
+    torch._foreach_zero_(list(captured.values()))
+    wanted = run()
+    assert all(gradient.any() for gradient in wanted.values())
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-5)

@@ -210,7 +210,8 @@ class _Gate(_Bound):
             return self.stock(x)
         pair = _to_train(x, mlp.gate_proj, mlp.up_proj)
         if pair:  # made here, for nobody else
-            inner = pointwise.call_gate_once(*project(autocast(x), pair), self.activation)
+            gate, up = project(autocast(x), pair)
+            inner = pointwise.call_gate_once(gate, up, self.activation)
         else:
             inner = pointwise.call_gate(mlp.gate_proj(x), mlp.up_proj(x), self.activation)
         return mlp.down_proj(inner)

@@ -3,7 +3,6 @@ dense in any dtype, cast where it is used."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +37,7 @@ def add_gradient(total: Tensor | None, grad: Tensor, layer: nn.Linear) -> Tensor
     """
     weight = _dense(layer, grad)
     if weight is None:
+        assert isinstance(layer, QuantLinear)
         found: Tensor = direct(quant_linear_backward, grad)(
             grad, *_stored(layer), layer.in_features, *layer.layout
         )
@@ -52,9 +52,7 @@ def _dense(layer: nn.Linear, like: Tensor) -> Tensor | None:
     rows, columns = layer.packed_shape
     if panel_rows(rows, columns, like.device) < rows:
         return None
-    dense: Tensor = direct(dequantize, like)(
-        *_stored(layer), columns, *layer.layout, like.dtype
-    )
+    dense: Tensor = direct(dequantize, like)(*_stored(layer), columns, *layer.layout, like.dtype)
     return dense
 
 

@@ -2,12 +2,13 @@
 
     y_i = W_i x + b_i + s_i B_i u_i,   [u_1; u_2; ...] = [A_1; A_2; ...] x
 
-Two nodes of the autograd graph make a group. `_Down` computes u in one product and keeps x and u
-(of an x that a norm made, only the norm's input is kept, which the norm keeps anyway); `_Up` computes the outputs and keeps nothing: its backward reads what `_Down` kept. So, when
-checkpointing computes a block again, it has all it wants once the last u is there and never
-repeats the large product of a last layer. `_Up` differentiates all that x is needed for and lets
-go of it before the first dense weight is there; the gradient of x is summed in place and left with
-`_Down`, whose backward always runs after.
+Two nodes of the autograd graph make a group. `_Down` computes u in one product and keeps x and u;
+of an x that a norm made it keeps nothing, since the norm keeps what it is made of. `_Up` computes
+the outputs and keeps nothing: its backward reads what `_Down` kept. So, when checkpointing computes
+a block again, it has all it wants once the last u is there and never repeats the large product of a
+last layer. `_Up` differentiates all that x is needed for and lets go of it before the first dense
+weight is there; the gradient of x is summed in place and left with `_Down`, whose backward always
+runs after.
 
 Adapters are cast to the dtype of the computation in one launch a pass, and their gradients back in
 one: a step of a few thousand tokens takes as long as the host needs to launch it.
