@@ -170,14 +170,14 @@ def test_checkpointing_never_repeats_the_last_product_of_a_block() -> None:
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.loftq.quant_linear.default:
-                calls.append(args[0].shape[-1])
+            if func is torch.ops.loftq.dequantize.default:
+                calls.append(args[4])  # in_features
             return func(*args, **(kwargs or {}))
 
     with Counting():
         model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
-    assert calls.count(zoo.ODD) == zoo.BLOCKS  # down_proj: forward only
-    assert calls.count(zoo.WIDTH) == 2 * 6 * zoo.BLOCKS
+    assert calls.count(zoo.ODD) == 2 * zoo.BLOCKS  # down_proj: forward and backward
+    assert calls.count(zoo.WIDTH) == 3 * 6 * zoo.BLOCKS  # the others once more in between
 
 
 def test_gradients_add_up_over_batches_and_unused_outputs_are_none() -> None:
@@ -207,6 +207,16 @@ def test_an_adapter_that_changes_before_the_backward_is_refused() -> None:
         next(p for p in model.parameters() if p.requires_grad).mul_(2)
     with pytest.raises(RuntimeError, match="changed in place between"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"), [("bert", [3, 1, 1, 1]), ("mpnet", [3, 1, 1, 1]), ("t5", [1])]
+)
+def test_projections_of_encoders_are_groups_unless_they_attend_elsewhere(
+    name: str, groups: list[int]
+) -> None:
+    sizes = [len(group) for group in fuse_for_training(packed(name)).grouped]
+    assert sizes == groups * (len(sizes) // len(groups))
 
 
 def test_the_state_dict_and_a_merge_are_what_they_were() -> None:

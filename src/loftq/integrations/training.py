@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ from loftq.integrations.pattern import activation_of, norm_of, rotary_forward
 from loftq.nn.group import Adapted, project
 from loftq.nn.packed import autocast
 from loftq.ops import pointwise
+
+PROJECTIONS = (READ_ONE_INPUT, ("query", "key", "value"), ("q", "k", "v"))
+"""Names that attentions have for them: Llama's, BERT's, MPNet's."""
+CROSS_ATTENTION = ("is_encoder_decoder", "add_cross_attention")
+"""Entries of a config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,8 @@ def fuse_for_training(model: nn.Module) -> TrainingPlan:
     paths = {module: path for path, module in model.named_modules()}
     adapted = [module for module in paths if is_adapted(module) or _is_adapted_dense(module)]
     left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
-    groups = _groups(paths, [m for m in adapted if paths[m] not in left])
+    shared = () if _attends_elsewhere(model) else paths
+    groups = _groups(shared, [m for m in adapted if paths[m] not in left])
     for layers in groups:
         handed = _Handed()
         for index, layer in enumerate(layers):
@@ -236,12 +243,18 @@ def _groups(
 ) -> list[tuple[nn.Module, ...]]:
     """The adapted layers by who reads the same input, each once."""
     found: dict[nn.Module, tuple[nn.Module, ...]] = {layer: (layer,) for layer in adapted}
-    for module in modules:
-        layers = [getattr(module, name, None) for name in READ_ONE_INPUT]
+    for module, names in product(modules, PROJECTIONS):
+        layers: list[Any] = [getattr(module, name, None) for name in names]
         shared = tuple(layer for layer in layers if layer in found)
-        if len(shared) == len(READ_ONE_INPUT):
+        if len(shared) == len(names) and len({one.in_features for one in shared}) == 1:
             found.update(dict.fromkeys(shared, shared))
     return list(dict.fromkeys(found.values()))
+
+
+def _attends_elsewhere(model: Any) -> bool:
+    """Whether some attentions read keys and values from another sequence than queries."""
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, False) for name in CROSS_ATTENTION)
 
 
 def _with_gates(

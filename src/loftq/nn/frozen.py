@@ -13,18 +13,23 @@ from loftq.ops.panels import panel_rows
 from loftq.ops.schema import quant_linear_backward
 
 
-def product(x: Tensor, layer: nn.Linear) -> Tensor:
+def product(x: Tensor, layer: nn.Linear, bias: Tensor | None) -> Tensor:
     """W x + b: (..., in_features) -> (..., out_features) in x's dtype; records no gradient.
 
-    The result is the caller's own.
+    Args:
+        x: (..., in_features).
+        layer: whose weight is W.
+        bias: b in x's dtype, or None.
+
+    Returns:
+        A tensor of the caller's own.
     """
-    if not isinstance(layer, QuantLinear):
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.weight.to(x.dtype), bias)
+    weight = _dense(layer, x)
+    if weight is not None:
+        return F.linear(x, weight, bias)
+    assert isinstance(layer, QuantLinear)
     y: Tensor = direct(quant_linear, x)(x, *_stored(layer), *layer.layout)
-    if layer.bias is not None:
-        y += layer.bias.to(y.dtype)
-    return y
+    return y if bias is None else y.add_(bias)
 
 
 def add_gradient(total: Tensor | None, grad: Tensor, layer: nn.Linear) -> Tensor:

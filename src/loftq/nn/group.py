@@ -49,19 +49,21 @@ def project(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     Returns:
         One (..., out_features) a layer, in x's dtype.
     """
-    factors = _cast(group, x.dtype)
-    u = _Down.apply(x, tuple(group), factors, *[one.A for one in group])
-    return _Up.apply(x, u, tuple(group), factors, *[one.B for one in group])
+    cast = _cast(group, x.dtype)
+    u = _Down.apply(x, tuple(group), cast, *[one.A for one in group])
+    return _Up.apply(x, u, tuple(group), cast, *[one.B for one in group])
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """The adapters of a group in the dtype of the computation."""
+class _Cast:
+    """The adapters and biases of a group in the dtype of the computation."""
 
     A: Tensor
     """[A_1; A_2; ...], (sum of ranks, in_features)."""
     Bs: Sequence[Tensor]
     """(out_features, rank) each."""
+    biases: Sequence[Tensor | None]
+    """(out_features,) each."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class _Passed:
     shape: torch.Size
     """Of x."""
     A: Tensor
-    """As of `_Factors`."""
+    """As of `_Cast`."""
     grad_x: Tensor | None
     """Sum of dL/dy_i W_i, (tokens, in_features)."""
     grad_As: Sequence[Tensor]
@@ -82,9 +84,9 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: tuple[Adapted, ...], factors: _Factors, *As: Tensor
+        ctx: Any, x: Tensor, group: tuple[Adapted, ...], cast: _Cast, *As: Tensor
     ) -> Tensor:
-        u = _rows(x) @ factors.A.T
+        u = _rows(x) @ cast.A.T
         ctx.norm = norm_behind(x)
         ctx.save_for_backward(*([u] if ctx.norm else [u, x]))
         # Parameters are not saved but watched: each saved tensor costs checkpointing 10 us.
@@ -109,13 +111,13 @@ class _Up(torch.autograd.Function):
         x: Tensor,
         u: Tensor,
         group: tuple[Adapted, ...],
-        factors: _Factors,
+        cast: _Cast,
         *Bs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.down, ctx.wants_x = u.grad_fn, x.requires_grad
         ctx.set_materialize_grads(False)
-        parts = zip(u.split(_ranks(group), 1), group, factors.Bs, strict=True)
-        return tuple(_output(x, part, one, B) for part, one, B in parts)
+        parts = zip(u.split(_ranks(group), 1), group, cast.Bs, cast.biases, strict=True)
+        return tuple(_output(x, *part) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -128,18 +130,18 @@ class _Up(torch.autograd.Function):
             )
         x = norm_again(down.norm) if down.norm else kept.pop()
         rows = [None if grad is None else _rows(grad) for grad in grads]
-        factors, shape = _cast(group, u.dtype), x.shape
-        grad_u, grad_As, grad_Bs = _of_adapters(rows, group, factors, _rows(x), u)
+        cast, shape = _cast(group, u.dtype), x.shape
+        grad_u, grad_As, grad_Bs = _of_adapters(rows, group, cast, _rows(x), u)
         del x, u
         grad_x = _of_input(rows, group) if ctx.wants_x else None
-        down.passed = _Passed(shape, factors.A, grad_x, grad_As)
+        down.passed = _Passed(shape, cast.A, grad_x, grad_As)
         return None, grad_u, None, None, *grad_Bs
 
 
 def _of_adapters(
     grads: Sequence[Tensor | None],
     group: Sequence[Adapted],
-    factors: _Factors,
+    cast: _Cast,
     x: Tensor,
     u: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
@@ -153,7 +155,7 @@ def _of_adapters(
     pieces = flat.split(sizes)
     grad_u = torch.empty_like(u)
     parts = zip(
-        grads, u.split(ranks, 1), grad_u.split(ranks, 1), group, factors.Bs, pieces[len(group) :],
+        grads, u.split(ranks, 1), grad_u.split(ranks, 1), group, cast.Bs, pieces[len(group) :],
         strict=True,
     )  # fmt: skip
     for grad, part, grad_part, one, B, grad_B in parts:
@@ -162,7 +164,7 @@ def _of_adapters(
         else:
             _scaled_product(grad, B, one.scaling, out=grad_part)
             _scaled_product(grad.T, part, one.scaling, out=grad_B.view(one.B.shape))
-    torch.mm(grad_u.T, x, out=flat[: factors.A.numel()].view(factors.A.shape))
+    torch.mm(grad_u.T, x, out=flat[: cast.A.numel()].view(cast.A.shape))
     found = flat.to(group[0].A.dtype).split(sizes)
     grad_As = [grad.view(one.A.shape) for grad, one in zip(found, group, strict=False)]
     grad_Bs = [
@@ -181,23 +183,28 @@ def _of_input(grads: Sequence[Tensor | None], group: Sequence[Adapted]) -> Tenso
     return total
 
 
-def _output(x: Tensor, u: Tensor, one: Adapted, B: Tensor) -> Tensor:
-    y = product(x, one.layer)
+def _output(x: Tensor, u: Tensor, one: Adapted, B: Tensor, bias: Tensor | None) -> Tensor:
+    y = product(x, one.layer, bias)
     y.view(-1, y.shape[-1]).addmm_(u, B.T, alpha=one.scaling)
     return y
 
 
 @torch.no_grad()
-def _cast(group: Sequence[Adapted], dtype: torch.dtype) -> _Factors:
-    As, Bs = [one.A for one in group], [one.B for one in group]
-    if len(group) == 1 and As[0].dtype == Bs[0].dtype == dtype:
-        return _Factors(As[0], Bs)
-    A = As[0].new_empty((sum(_ranks(group)), As[0].shape[1]), dtype=dtype)
-    cast = [B if B.dtype == dtype else torch.empty_like(B, dtype=dtype) for B in Bs]
-    fresh = [(to, B) for to, B in zip(cast, Bs, strict=True) if to is not B]
-    to, of = zip(*fresh, strict=True) if fresh else ((), ())
-    torch._foreach_copy_([*A.split(_ranks(group)), *to], [*As, *of])
-    return _Factors(A, cast)
+def _cast(group: Sequence[Adapted], dtype: torch.dtype) -> _Cast:
+    As = [one.A for one in group]
+    others = [one.B for one in group] + [one.layer.bias for one in group]
+    A, to, of = As[0], [], []
+    if len(As) > 1 or A.dtype != dtype:
+        A = A.new_empty((sum(_ranks(group)), A.shape[1]), dtype=dtype)
+        to, of = list(A.split(_ranks(group))), As
+    found = [
+        t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in others
+    ]
+    changed = [(new, old) for new, old in zip(found, others, strict=True) if new is not old]
+    to, of = [*to, *(new for new, _ in changed)], [*of, *(old for _, old in changed)]
+    if to:
+        torch._foreach_copy_(to, of)
+    return _Cast(A, found[: len(group)], found[len(group) :])
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, *, out: Tensor) -> None:

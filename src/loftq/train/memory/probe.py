@@ -206,6 +206,9 @@ def _counting(step: Step) -> Iterator[LiveBytes]:
         torch.ops.loftq.quant_linear_backward.default: lambda args, result: dense_bytes(
             args[1].shape[0], args[5], args[0].dtype, step.device
         ),
+        torch.ops.loftq.dequantize.default: lambda args, result: dequantize_scratch(
+            result.numel(), step.device
+        ),
     }
     for name in POINTWISE:
         operator = getattr(torch.ops.loftq, name).default
