@@ -24,6 +24,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
                "adamw_torch_8bit": 2}  # fmt: skip
 """Bytes of optimizer state per trained parameter: two moments."""
+WORKSPACES = 2 * (32 << 20)
+"""Of cuBLAS, one for each thread that computes: the forward's and the backward's; bytes on Hopper,
+a quarter of it before."""
 PARTS = (
     "backbone", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "logits",
     "other",
@@ -95,7 +98,7 @@ class PeakMemory:
     logits: int
     """The loss; 0 if the peak is elsewhere."""
     other: int
-    """Kept outside of the blocks: last norm, rotary tables, mask, ids."""
+    """Kept outside of the blocks: last norm, rotary tables, mask, ids; workspaces of cuBLAS."""
     moment: str
     """When the peak is: a key of `_moments`."""
     host: int = 0
@@ -182,7 +185,7 @@ def _moments(
     kept = subject.blocks * cost.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
-    other = cost.outside
+    other = cost.outside + (WORKSPACES if settings.device == "cuda" else 0)
     head = HeadOfLoss(
         vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
     )
@@ -193,8 +196,8 @@ def _moments(
         )
         for backward in (False, True)
     )  # fmt: skip
-    # Autocast keeps its 16-bit copies of the adapters until the forward, loss included, ends.
-    copies = dtype.itemsize * subject.adapter_parameters if settings.dtype != "fp32" else 0
+    # Of layers that run PEFT's forward, until the whole forward, loss included, ends.
+    copies = subject.blocks * cost.copies
 
     def moment(gradients: int, activations: int, logits: int = 0, other: int = other) -> dict:
         return {
@@ -208,7 +211,7 @@ def _moments(
         "backward of the loss": moment(early, kept, after),
         "last block": moment(rest if early else 0, kept + cost.working),
         "first block": moment(rest, cost.kept + cost.working),
-        "optimizer": moment(gradients, 0, 0, 0),
+        "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
 
 
