@@ -19,23 +19,18 @@ from bench_linear import Packed, copies, copy_bandwidth, graph_times, random_ada
 from torch import Tensor
 
 from loftq.ops import dequantize
-from loftq.ops.cuda.few_tokens import Launch, choose_launch, few_tokens
+from loftq.ops.cuda.few_tokens import MOST_TOKENS, Launch, few_tokens
+from loftq.ops.groups import Member
 from loftq.ops.triton.linear import Launch as TritonLaunch
 from loftq.ops.triton.linear import small_linear
 
 
 def launches(tokens: int) -> Iterator[Launch]:
-    """The default first."""
-    yield choose_launch(tokens)
+    """Launches of the CUDA product around its defaults."""
+    shapes = [(16, 16, 2), (16, 16, 1), (12, 16, 3), (8, 16, 4), (16, 32, 1), (12, 32, 1)]
     if tokens <= 8:
-        shapes = [(16, 32, 1), (16, 16, 2), (16, 16, 4), (8, 32, 2), (8, 32, 4), (8, 16, 4)]
-        yield from (Launch(warps=w, slab=r, tokens=8, ahead=a) for w, r, a in shapes)
-    elif tokens <= 16:
-        shapes = [(16, 16, 2), (8, 32, 2), (8, 16, 2), (8, 16, 4)]
-        yield from (Launch(warps=w, slab=r, tokens=16, ahead=a) for w, r, a in shapes)
-    else:
-        shapes = [(8, 16, 32, 2), (8, 16, 64, 1), (16, 32, 16, 1), (8, 16, 32, 1)]
-        yield from (Launch(warps=w, slab=r, tokens=t, ahead=a) for w, r, t, a in shapes)
+        shapes += [(8, 32, 3), (8, 32, 2)]
+    yield from (Launch(warps=w, slab=r, ahead=a) for w, r, a in shapes)
 
 
 def triton_launches(tokens: int) -> Iterator[TritonLaunch]:
@@ -59,8 +54,10 @@ def error_ratio(y: Tensor, x: Tensor, exact: Tensor) -> float:
 def routes(
     tokens: int, rank: int, shape: tuple[int, int], kinds: list[str]
 ) -> Iterator[tuple[str, Callable[[Tensor, Packed], Tensor]]]:
-    def cuda(launch: Launch, overlap: bool, adapter: tuple, x: Tensor, w: Packed) -> Tensor:
-        return few_tokens(x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap)
+    def cuda(launch: Launch | None, overlap: bool, adapter: tuple, x: Tensor, w: Packed) -> Tensor:
+        return few_tokens(
+            x, (Member(*w.tensors, w.layout, *adapter),), launch=launch, overlap=overlap
+        )
 
     def triton(
         launch: TritonLaunch | None, overlap: bool, adapter: tuple, x: Tensor, w: Packed
@@ -78,12 +75,15 @@ def routes(
             yield f"{name} a{shape_of.ahead}", partial(triton, shape_of, False, ())
     if "cuda" not in kinds:
         return
+    if tokens > MOST_TOKENS:
+        return
+    yield "cuda", partial(cuda, None, False, ())
+    yield "cuda overlapping", partial(cuda, None, True, ())
+    yield f"cuda r={rank}", partial(cuda, None, False, adapter)
+    yield f"cuda overlapping r={rank}", partial(cuda, None, True, adapter)
     for launch in launches(tokens):
-        name = f"cuda w{launch.warps} s{launch.slab} t{launch.tokens} a{launch.ahead}"
+        name = f"cuda w{launch.warps} s{launch.slab} a{launch.ahead} overlapping"
         yield name, partial(cuda, launch, True, ())
-        if launch == choose_launch(tokens):
-            yield f"{name} no overlap", partial(cuda, launch, False, ())
-            yield f"{name} r={rank}", partial(cuda, launch, True, adapter)
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def main() -> None:
                         times = [partial(run, x, w) for w in weights] if right else []
                         us = graph_times(times)[0] if right else float("nan")
                         hot = graph_times([partial(run, x, first)] * 40)[0] if right else us
-                    except RuntimeError as failure:
+                    except (RuntimeError, ValueError) as failure:
                         print(f"| {name} | {bits} | {m} | {route} | {str(failure)[:200]} |")
                         continue
                     rate = first.nbytes / us / 1e3

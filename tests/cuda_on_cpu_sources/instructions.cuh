@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstring>
@@ -22,18 +23,22 @@ typedef unsigned long long u64;
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
+#define __trap std::abort
 
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
-struct Index { int x, y, z; };
+struct Index { u32 x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
+constexpr int PATIENCE = 3;
+constexpr u32 FIRST = 1024;  // the address of `memory`
 thread_local Index threadIdx, blockIdx;
+Index gridDim;
 alignas(1024) u8 memory[1 << 18];
 
 using std::min;
-template <class T> T __ldg(const T *p) { return *p; }
 inline float __uint_as_float(u32 bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+inline u32 __float_as_uint(float f) { u32 bits; std::memcpy(&bits, &f, 4); return bits; }
 
 struct Warp {
     std::barrier<> all{32};
@@ -42,6 +47,19 @@ struct Warp {
 std::unique_ptr<std::barrier<>> block;
 std::vector<std::unique_ptr<Warp>> warps;
 inline void __syncthreads() { block->arrive_and_wait(); }
+inline void __syncwarp() { warps[threadIdx.x / 32]->all.arrive_and_wait(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+std::atomic<int> any;
+inline int __syncthreads_or(int value) {
+    if (value) any = 1;
+    __syncthreads();
+    int found = any;
+    __syncthreads();
+    return found;
+}
+inline u32 atomicAdd(u32 *p, u32 value) { return std::atomic_ref<u32>(*p).fetch_add(value); }
+inline float load_fresh(const float *p) { return *p; }
+inline u32 load_acquire(const u32 *p) { return *p; }
 inline void wait_for_producer() {}
 inline void let_next_start() {}
 
@@ -74,7 +92,25 @@ inline u32 permute(u32 a, u32 b, u32 picks) {
     return d;
 }
 
-inline uint2 load_words(const u8 *p) { return *reinterpret_cast<const uint2 *>(p); }
+inline u32 address_of(const void *p) { return static_cast<const u8 *>(p) - memory + FIRST; }
+template <class T> T shared_at(u32 at) {
+    T v;
+    std::memcpy(&v, memory + at - FIRST, sizeof v);
+    return v;
+}
+inline u32 fixed_word(u32 at) { return shared_at<u32>(at); }
+inline uint2 fixed_words(u32 at) { return shared_at<uint2>(at); }
+inline u32 shared_word(u32 at) { return shared_at<u32>(at); }
+inline uint2 shared_words(u32 at) { return shared_at<uint2>(at); }
+inline u32 shared_half(u32 at) { return shared_at<u16>(at); }
+inline void store_words(u32 at, uint4 v) { std::memcpy(memory + at - FIRST, &v, 16); }
+
+template <int BYTES> void copy_async(u32 to, const u8 *from) {
+    if (to % BYTES || reinterpret_cast<u64>(from) % BYTES) std::abort();
+    std::memcpy(memory + to - FIRST, from, BYTES);
+}
+inline void commit_copies() {}
+template <int LEFT> void wait_copies() {}
 
 inline void multiply(float d[4], const u32 a[4], u32 b0, u32 b1) {
     Warp &warp = *warps[threadIdx.x / 32];
@@ -95,18 +131,20 @@ inline void multiply(float d[4], const u32 a[4], u32 b0, u32 b1) {
 }
 
 template <class Body> void launch(const int *grid, int threads, Body body) {
+    gridDim = {static_cast<u32>(grid[0]), static_cast<u32>(grid[1]), static_cast<u32>(grid[2])};
     for (int z = 0; z < grid[2]; z++)
         for (int y = 0; y < grid[1]; y++)
             for (int x = 0; x < grid[0]; x++) {
                 std::memset(memory, 0xff, sizeof memory);
+                any = 0;
                 block = std::make_unique<std::barrier<>>(threads);
                 warps.clear();
                 for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<Warp>());
                 std::vector<std::thread> all;
                 for (int t = 0; t < threads; t++)
                     all.emplace_back([=] {
-                        threadIdx = {t, 0, 0};
-                        blockIdx = {x, y, z};
+                        threadIdx = {static_cast<u32>(t), 0, 0};
+                        blockIdx = {static_cast<u32>(x), static_cast<u32>(y), static_cast<u32>(z)};
                         body();
                     });
                 for (auto &thread : all) thread.join();
