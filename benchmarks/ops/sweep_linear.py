@@ -1,7 +1,7 @@
 """Launch shapes of the few-token product, one against another: the data behind `choose_launch`.
 
     python benchmarks/ops/sweep_linear.py [--bits 4 3 2] [--tokens 1 16 64] [--shapes 4096x4096 ...]
-        [--rank 64] [--kinds triton cuda] [--seconds 120]
+        [--rank 64] [--kinds triton cuda] [--default] [--seconds 120]
 
 Times as in bench_linear.py; `hot` is one weight over and over, from the L2 cache. A launch with a
 wrong result is reported and not timed.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loftq.ops import dequantize
 from loftq.ops.cuda.few_tokens import MOST_TOKENS, Launch, few_tokens
-from loftq.ops.groups import Member
+from loftq.ops.few_tokens import Member
 from loftq.ops.triton.linear import Launch as TritonLaunch
 from loftq.ops.triton.linear import small_linear
 
@@ -44,15 +44,18 @@ def triton_launches(tokens: int) -> Iterator[TritonLaunch]:
         yield TritonLaunch(batch=b, rows=r, tokens=t, ahead=a)
 
 
-def error_ratio(y: Tensor, x: Tensor, exact: Tensor) -> float:
-    """Error of y against float64 over that of the dense bf16 product."""
+def error_ratio(y: Tensor, x: Tensor, exact: Tensor, adapter: tuple) -> float:
+    """Error of y against float64 over that of the dense bf16 product, with the adapter if any."""
     wanted = x.double() @ exact.T
     dense = (x @ exact.to(x.dtype).T).double()
+    if adapter:
+        wanted = wanted + (x.double() @ adapter[0].double().T) @ adapter[1].double().T
+        dense = dense + ((x @ adapter[0].T) @ adapter[1].T).double()
     return ((y.double() - wanted).norm() / (dense - wanted).norm()).item()
 
 
 def routes(
-    tokens: int, rank: int, shape: tuple[int, int], kinds: list[str]
+    tokens: int, adapter: tuple, kinds: list[str], default: bool
 ) -> Iterator[tuple[str, Callable[[Tensor, Packed], Tensor]]]:
     def cuda(launch: Launch | None, overlap: bool, adapter: tuple, x: Tensor, w: Packed) -> Tensor:
         return few_tokens(
@@ -64,13 +67,13 @@ def routes(
     ) -> Tensor:
         return small_linear(x, *w.tensors, *w.layout, *adapter, launch=launch, overlap=overlap)
 
-    adapter = (*random_adapter(*shape, rank), 1.0)
+    rank = len(adapter[0])
     if "triton" in kinds:
         yield "triton", partial(triton, None, False, ())
         yield "triton overlapping", partial(triton, None, True, ())
         yield f"triton r={rank}", partial(triton, None, False, adapter)
         yield f"triton overlapping r={rank}", partial(triton, None, True, adapter)
-        for shape_of in triton_launches(tokens):
+        for shape_of in () if default else triton_launches(tokens):
             name = f"triton b{shape_of.batch} r{shape_of.rows} t{shape_of.tokens}"
             yield f"{name} a{shape_of.ahead}", partial(triton, shape_of, False, ())
     if "cuda" not in kinds:
@@ -81,7 +84,7 @@ def routes(
     yield "cuda overlapping", partial(cuda, None, True, ())
     yield f"cuda r={rank}", partial(cuda, None, False, adapter)
     yield f"cuda overlapping r={rank}", partial(cuda, None, True, adapter)
-    for launch in launches(tokens):
+    for launch in () if default else launches(tokens):
         name = f"cuda w{launch.warps} s{launch.slab} a{launch.ahead} overlapping"
         yield name, partial(cuda, launch, True, ())
 
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--kinds", nargs="+", choices=["triton", "cuda"], default=["triton"])
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--default", action="store_true", help="no other launch shapes")
     parser.add_argument("--seconds", type=float, default=120, help="start no row after this")
     args = parser.parse_args()
     started, peak = time.monotonic(), copy_bandwidth()
@@ -109,12 +113,14 @@ def main() -> None:
             exact = dequantize(*first.tensors, shape[1], *first.layout, torch.float32).double()
             for m in args.tokens:
                 x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
-                for route, run in routes(m, args.rank, shape, args.kinds):
+                adapter = (*random_adapter(*shape, args.rank), 1.0)
+                for route, run in routes(m, adapter, args.kinds, args.default):
                     if time.monotonic() - started > args.seconds:
                         print(f"stopped after {args.seconds:.0f} s")
                         return
                     try:
-                        error = 0.0 if "r=" in route else error_ratio(run(x, first), x, exact)
+                        given = adapter if "r=" in route else ()
+                        error = error_ratio(run(x, first), x, exact, given)
                         right = error < 2
                         times = [partial(run, x, w) for w in weights] if right else []
                         us = graph_times(times)[0] if right else float("nan")

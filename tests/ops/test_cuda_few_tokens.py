@@ -7,8 +7,9 @@ import torch
 
 from cuda_on_cpu import ROOM, Compiler
 from loftq.ops.cuda import few_tokens as module
+from loftq.ops.cuda import probe
 from loftq.ops.cuda.few_tokens import Launch, few_tokens, why_not
-from loftq.ops.groups import Member
+from loftq.ops.few_tokens import Member
 from packed_product import Problem, check_overlap
 
 CASES = (
@@ -58,23 +59,53 @@ def test_the_source_is_as_exact_as_the_dense_product(case, dtype, compiler, monk
         check(y, made, adapter)
 
 
+def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch):
+    monkeypatch.setattr(module, "kernel", compiler)
+    monkeypatch.setattr(module, "room", lambda device: ROOM)
+    monkeypatch.setattr(module, "LAUNCHES", LAUNCHES[:1])
+    assert probe.product_is_right(torch.device("cpu"))
+    monkeypatch.setattr(
+        probe, "few_tokens", lambda x, members, overlap: 1.1 * few_tokens(x, members)
+    )
+    assert not probe.product_is_right(torch.device("cpu"))
+
+
+def test_what_it_does_not_hold_is_said(monkeypatch):
+    monkeypatch.setattr(module, "room", lambda device: ROOM)
+    x = torch.zeros(3, 512, dtype=torch.bfloat16)
+
+    def reason(name="nf4", x=x, rows=20, rank=8, dtype=torch.bfloat16):
+        made = problems(name, (rows,), x.shape[1], max(len(x), 1), dtype, "cpu", rank=rank)
+        return why_not(x, members(made, True))
+
+    assert reason() == ""
+    assert "has zeros" in reason("int4")
+    assert "groups of 32" in reason("nf4-g32")
+    assert "less than a word" in reason("nf4-g128")
+    assert "in_features=320" in reason(x=x[:, :320])
+    assert "17 tokens" in reason(x=x[:1].expand(17, -1))
+    assert "rank 12" in reason(rank=12)
+    assert "torch.float16 beside torch.bfloat16" in reason(dtype=torch.float16)
+    assert "does not fit" in reason(rows=4000, rank=64)
+
+
 FORMATS = ("nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f32", "nf2-f16", "snf3-bf16",
            "sint4-g128-f16", "sint2-g128-bf16")  # fmt: skip
-SHAPES = (((1,), 256, 1), ((4097,), 512, 5), ((640, 100), 11008, 16), ((4096, 1024, 1024), 4096, 8))
+SHAPES = (((1,), 256, 1), ((640, 100), 11008, 16), ((4096, 1024, 1025), 2048, 8))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_product_is_as_exact_as_the_dense_one_and_the_same_each_time(name, poisoned):
+    dtype = torch.float16 if FORMATS.index(name) % 2 else torch.bfloat16
     for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float16):
-            made = problems(name, *shape, dtype, "cuda", rank=16)
-            for adapter in (False, True):
-                given = members(made, adapter)
-                assert why_not(made[0].x, given) == ""
-                y = few_tokens(made[0].x, given)
-                check(y, made, adapter)
-                assert torch.equal(y, few_tokens(made[0].x, given))
+        made = problems(name, *shape, dtype, "cuda", rank=16)
+        for adapter in (False, True):
+            given = members(made, adapter)
+            assert why_not(made[0].x, given) == ""
+            y = few_tokens(made[0].x, given)
+            check(y, made, adapter)
+            assert torch.equal(y, few_tokens(made[0].x, given))
 
 
 @pytest.mark.gpu

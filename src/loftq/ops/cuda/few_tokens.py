@@ -6,13 +6,13 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loftq.ops.cuda.compiler import kernel, room
 from loftq.ops.cuda.counters import counters
+from loftq.ops.few_tokens import Member
 from loftq.ops.reference import SCALE_DTYPES, dynamic_map_on
 
 SOURCE = "few_tokens.cu"
@@ -21,19 +21,6 @@ MOST_MEMBERS, MOST_TOKENS = 3, 16
 TILE = 256  # columns
 BASE, TABLE = 1024, 0x20000  # of shared memory: the first address, the table's (decode.cuh)
 MOST_PARTS = 16  # of x A^T, which every block adds up
-
-
-class PackedLinear(NamedTuple):
-    """What this product reads of a packed weight and its adapter; as `ops.groups.Member`."""
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    nested: Tensor | None
-    layout: tuple[int, int, str, Sequence[float], float]
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
 
 
 class _Weight(ctypes.Structure):
@@ -107,7 +94,7 @@ LAUNCHES = tuple(Launch(warps=16, slab=16, ahead=ahead) for ahead in (3, 2, 1))
 """In the order of preference: the first that fits is taken."""
 
 
-def why_not(x: Tensor, members: Sequence[PackedLinear]) -> str:
+def why_not(x: Tensor, members: Sequence[Member]) -> str:
     """Reason that this product does not take these weights together, or ""; formats agree."""
     bits, group_size, coding = members[0].layout[:3]
     tokens, columns = x.shape
@@ -130,14 +117,14 @@ def why_not(x: Tensor, members: Sequence[PackedLinear]) -> str:
     work = _work(x, members)
     if work.scale_bytes < 4:
         return f"groups of {group_size} with scales in {coding}: less than a word in 256 columns"
-    if _fit(work, x.device) is None:
+    if _fit(work, x.device, LAUNCHES) is None:
         return f"rank {work.rank} of {sum(work.sizes)} rows does not fit into shared memory"
     return ""
 
 
 def few_tokens(
     x: Tensor,
-    members: Sequence[PackedLinear],
+    members: Sequence[Member],
     *,
     launch: Launch | None = None,
     overlap: bool | None = None,
@@ -190,7 +177,7 @@ def few_tokens(
     return y
 
 
-def _work(x: Tensor, members: Sequence[PackedLinear]) -> Work:
+def _work(x: Tensor, members: Sequence[Member]) -> Work:
     bits, group_size, coding = members[0].layout[:3]
     lora_A = members[0].lora_A
     return Work(
@@ -200,7 +187,7 @@ def _work(x: Tensor, members: Sequence[PackedLinear]) -> Work:
     )  # fmt: skip
 
 
-def _weight(member: PackedLinear, blocks: int, before: int) -> _Weight:
+def _weight(member: Member, blocks: int, before: int) -> _Weight:
     pointers = (
         None if t is None else t.data_ptr()
         for t in (member.packed, member.scale, member.nested, member.lora_A, member.lora_B)
@@ -210,7 +197,7 @@ def _weight(member: PackedLinear, blocks: int, before: int) -> _Weight:
 
 @lru_cache(maxsize=1024)
 def _fit(
-    work: Work, device: torch.device, launches: tuple[Launch, ...] = LAUNCHES
+    work: Work, device: torch.device, launches: tuple[Launch, ...]
 ) -> tuple[Launch, int, dict[str, int]] | None:
     """(launch, rows of a block, addresses in shared memory) of the first launch that fits."""
     blocks, shared = room(device)
@@ -243,7 +230,7 @@ def _height(share: int, slab: int) -> int:
     return -(-share // -(-share // slab))
 
 
-def _levels(member: PackedLinear, dtype: torch.dtype) -> list[int]:
+def _levels(member: Member, dtype: torch.dtype) -> list[int]:
     """The grid's levels as bits of x's dtype, 16 of them."""
     bits, _, _, levels, default_zero = member.layout
     return list(_level_bits(tuple(levels), bits, default_zero, dtype))
