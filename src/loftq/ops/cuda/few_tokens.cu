@@ -12,13 +12,13 @@
 //   the same bits. So nothing depends on which blocks run at once.
 // - Weights and adapters are asked for before the launch waits for the kernel that writes x.
 //
-// Definitions: those of decode.cuh, RANKED (adapters), WARPS, TOKENS (8 or 16: the most), AHEAD.
+// Definitions: those of decode.cuh, RANKED (bytes of an adapter's number: 2, of x's dtype, or 4,
+// float32, used in x's; 0: no adapters), WARPS, TOKENS (8 or 16: the most), AHEAD.
 
 #include "decode.cuh"
 
 struct Weight {
-    const u8 *packed, *scale, *nested;
-    const u16 *a, *b;
+    const u8 *packed, *scale, *nested, *a, *b;
     int rows, blocks;  // blocks before this weight's
     int before;        // rows before its own in y
     float scaling;
@@ -135,18 +135,31 @@ struct Slice {  // 16 rows by 256 columns of A
     uint4 rows[4][2][2];
 };
 
+__device__ __forceinline__ u32 pair_of(u32 low, u32 high) {
+    return pair(__uint_as_float(low), __uint_as_float(high));
+}
+
 __device__ __forceinline__ void load_a(
     Slice &slice, const Arguments &s, const Unit &u, int tile, int lane) {
 #pragma unroll
     for (int g = 0; g < 4; g++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            int row = min(u.row + h * 8 + lane / 4, s.rank - 1);
+            u64 row = min(u.row + h * 8 + lane / 4, s.rank - 1);
             const uint4 *from = reinterpret_cast<const uint4 *>(
-                s.weights[u.member].a + static_cast<u64>(row) * s.layout.columns + tile * 256 +
-                g * 64 + lane % 4 * 16);
-            slice.rows[g][h][0] = from[0];
-            slice.rows[g][h][1] = from[1];
+                s.weights[u.member].a +
+                (row * s.layout.columns + tile * 256 + g * 64 + lane % 4 * 16) * RANKED);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#if RANKED == 4
+                uint4 first = from[2 * i], second = from[2 * i + 1];
+                slice.rows[g][h][i] = make_uint4(
+                    pair_of(first.x, first.y), pair_of(first.z, first.w),
+                    pair_of(second.x, second.y), pair_of(second.z, second.w));
+#else
+                slice.rows[g][h][i] = from[i];
+#endif
+            }
         }
 }
 
@@ -186,14 +199,10 @@ __device__ __forceinline__ void finish_unit(
 
 // Rows of B to shared memory, 16 bytes apart from each other's banks.
 __device__ __forceinline__ void ask_b(const Arguments &s, const Place &p) {
-    int pieces = s.rank / 8, rows = p.last - p.first + 1;
-    for (int i = threadIdx.x; i < rows * pieces; i += THREADS) {
-        int row = i / pieces, piece = i % pieces;
-        copy_async<16>(
-            s.b_rows + row * (s.rank * 2 + 16) + piece * 16,
-            reinterpret_cast<const u8 *>(p.w->b + static_cast<u64>(p.first + row) * s.rank) +
-                piece * 16);
-    }
+    int pieces = s.rank * RANKED / 16, rows = p.last - p.first + 1;
+    const u8 *from = p.w->b + static_cast<u64>(p.first) * s.rank * RANKED;
+    for (int i = threadIdx.x; i < rows * pieces; i += THREADS)
+        copy_async<16>(s.b_rows + (i + i / pieces) * 16, from + i * 16);
 }
 
 // All units done by some block, or else by this one.
@@ -230,17 +239,19 @@ __device__ void add_units(const Arguments &s, const Place &p) {
 
 __device__ __forceinline__ float adapter_sum(const Arguments &s, int row, int token) {
     const float *ax = FLOATS(s.ax_sums) + token * s.rank;
+    u32 b = s.b_rows + row * (s.rank * RANKED + 16);
     float total = 0.0f;
-    for (int i = 0; i < s.rank; i += 8) {
-        uint2 b[2];
-        b[0] = shared_words(s.b_rows + row * (s.rank * 2 + 16) + i * 2);
-        b[1] = shared_words(s.b_rows + row * (s.rank * 2 + 16) + i * 2 + 8);
+    for (int i = 0; i < s.rank; i += 8 / RANKED, b += 8) {
+        uint2 words = shared_words(b);
+#if RANKED == 4
+        total += __uint_as_float(words.x) * ax[i] + __uint_as_float(words.y) * ax[i + 1];
+#else
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            u32 word = j % 4 < 2 ? b[j / 4].x : b[j / 4].y;
-            u32 half = j % 2 ? word >> 16 : word & 0xffff;
+        for (int j = 0; j < 4; j++) {
+            u32 word = j < 2 ? words.x : words.y, half = j % 2 ? word >> 16 : word & 0xffff;
             total += (HALF ? half_to_float(half) : __uint_as_float(half << 16)) * ax[i + j];
         }
+#endif
     }
     return total;
 }

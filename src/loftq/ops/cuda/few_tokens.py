@@ -70,6 +70,8 @@ class Work:
     columns: int
     tokens: int
     rank: int
+    adapter_bytes: int
+    """Of a number of A and B: 2 or 4; 0 without adapters."""
 
     @property
     def scale_bytes(self) -> int:
@@ -109,8 +111,12 @@ def why_not(x: Tensor, members: Sequence[Member]) -> str:
     if len(members) > MOST_MEMBERS:
         return f"{len(members)} weights, it holds {MOST_MEMBERS}"
     for m in members:
-        if m.lora_A is not None and (m.lora_A.shape[0] % 8 or m.lora_A.dtype != x.dtype):
-            return f"an adapter of rank {m.lora_A.shape[0]} in {m.lora_A.dtype} beside {x.dtype}"
+        if m.lora_A is not None and m.lora_B is not None and (
+            m.rank % 8 or m.lora_A.dtype != m.lora_B.dtype
+            or m.lora_A.dtype not in (x.dtype, torch.float32)
+        ):  # fmt: skip
+            dtypes = f"{m.lora_A.dtype} and {m.lora_B.dtype}"
+            return f"an adapter of rank {m.rank} in {dtypes} beside {x.dtype}"
         aligned = (m.packed, m.scale, m.nested, m.lora_A, m.lora_B)
         if any(t is not None and (t.data_ptr() % 16 or not t.is_contiguous()) for t in aligned):
             return "packed bytes or an adapter are strided or not aligned to 16 bytes"
@@ -166,7 +172,7 @@ def few_tokens(
         arguments.ax, arguments.counts = ax.data_ptr(), counters(x.device, capturing)
     definitions = (
         ("BITS", work.bits), ("HALF", int(x.dtype == torch.float16)), ("GROUP", work.group_size),
-        ("SCALE", SCALES[work.scale_coding]), ("RANKED", int(work.rank > 0)),
+        ("SCALE", SCALES[work.scale_coding]), ("RANKED", work.adapter_bytes),
         ("WARPS", launch.warps), ("SLAB", launch.slab), ("TOKENS", most), ("AHEAD", launch.ahead),
     )  # fmt: skip
     with torch.cuda.device_of(x):
@@ -183,7 +189,7 @@ def _work(x: Tensor, members: Sequence[Member]) -> Work:
     return Work(
         bits=bits, group_size=group_size, scale_coding=coding,
         sizes=tuple(m.packed.shape[0] for m in members), columns=x.shape[1], tokens=x.shape[0],
-        rank=0 if lora_A is None else lora_A.shape[0],
+        rank=members[0].rank, adapter_bytes=0 if lora_A is None else lora_A.element_size(),
     )  # fmt: skip
 
 
@@ -207,7 +213,7 @@ def _fit(
         needs = {
             "ring": launch.warps * launch.ahead * launch.slab * work.stage,
             "sums": 4 * launch.warps * share * work.tokens,
-            "b_rows": share * (2 * work.rank + 16) if work.rank else 0,
+            "b_rows": share * (work.adapter_bytes * work.rank + 16) if work.rank else 0,
             "map_copies": 8192 if work.scale_coding == "dq" else 0,
             "ax_sums": 4 * work.tokens * work.rank,
         }
