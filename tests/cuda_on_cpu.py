@@ -10,6 +10,8 @@ import subprocess
 from importlib.resources import files
 from pathlib import Path
 
+from loftq.ops.cuda.compiler import HEADERS
+
 HERE = Path(__file__).parent / "cuda_on_cpu_sources"
 ROOM = (4, 232_448)
 """Multiprocessors and shared memory of the machine that is played."""
@@ -37,7 +39,7 @@ class Compiler:
     def _build(self, source, definitions):
         folder = self.folder / str(len(self._built))
         shutil.copytree(HERE, folder)
-        for name in (source, "decode.cuh"):
+        for name in (source, *HEADERS[1:]):
             shutil.copy(str(files("loftq.ops.cuda") / name), folder)
         flags = [f"-D{key}={value}" for key, value in definitions]
         command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *flags]

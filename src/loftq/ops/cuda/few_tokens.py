@@ -42,7 +42,7 @@ class _Arguments(ctypes.Structure):
         ("layout", _Layout),
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "share", "height", "rank", "chunk", "parts", "members")),
-        *((name, ctypes.c_uint) for name in ("ring", "sums", "map_copies", "b_rows", "ax_sums")),
+        *((name, ctypes.c_uint) for name in ("unit_blocks", "ring", "sums", "map_copies", "b_rows", "ax_sums")),
         ("levels", ctypes.c_uint16 * 16),
     )  # fmt: skip
 
@@ -152,20 +152,19 @@ def few_tokens(
         raise ValueError(f"few_tokens: {launch} does not fit into shared memory for {work}.")
     launch, share, places = plan
     tiles, most = work.columns // TILE, 8 if work.tokens <= 8 else 16
-    chunk = -(-tiles // MOST_PARTS)
+    chunk, blocks = -(-tiles // MOST_PARTS), sum(-(-size // share) for size in work.sizes)
     parts = -(-tiles // chunk)
     capturing = torch.cuda.is_current_stream_capturing() if x.is_cuda else False
     arguments = _Arguments(
         x=x.data_ptr(), y=y.data_ptr(), map=dynamic_map_on(x.device).data_ptr(),
         layout=_Layout(work.columns, work.columns // work.group_size, first.packed.shape[1]),
         tokens=work.tokens, rows=sum(work.sizes), share=share, height=_height(share, launch.slab),
-        rank=work.rank, chunk=chunk, parts=parts, members=len(members), **places,
+        rank=work.rank, chunk=chunk, parts=parts, members=len(members), unit_blocks=blocks, **places,
     )  # fmt: skip
     arguments.levels[:] = _levels(first, x.dtype)
-    blocks = before = 0
     for i, member in enumerate(members):
-        arguments.weights[i] = _weight(member, blocks, before)
-        blocks, before = blocks - (-work.sizes[i] // share), before + work.sizes[i]
+        block = sum(-(-size // share) for size in work.sizes[:i])
+        arguments.weights[i] = _weight(member, block, sum(work.sizes[:i]))
     if work.rank:
         shape = (len(members), parts, work.tokens, work.rank)
         ax = torch.empty(shape, dtype=torch.float32, device=x.device)
