@@ -19,7 +19,8 @@ from bench_linear import Packed, copies, copy_bandwidth, graph_times, random_ada
 from torch import Tensor
 
 from loftq.ops import dequantize
-from loftq.ops.cuda.few_tokens import MOST_TOKENS, Launch, few_tokens
+from loftq.ops.cuda.few_tokens import MOST_TOKENS, few_tokens
+from loftq.ops.cuda.plan import FewTokens, Launch, MoreTokens
 from loftq.ops.few_tokens import Member
 from loftq.ops.triton.linear import Launch as TritonLaunch
 from loftq.ops.triton.linear import small_linear
@@ -27,10 +28,14 @@ from loftq.ops.triton.linear import small_linear
 
 def launches(tokens: int) -> Iterator[Launch]:
     """Launches of the CUDA product around its defaults."""
+    if tokens > 16:
+        yield from (MoreTokens(slabs=n, tokens=32 if tokens <= 32 else 64) for n in (1, 2, 3))
+        return
     shapes = [(16, 16, 2), (16, 16, 1), (12, 16, 3), (8, 16, 4), (16, 32, 1), (12, 32, 1)]
     if tokens <= 8:
         shapes += [(8, 32, 3), (8, 32, 2)]
-    yield from (Launch(warps=w, slab=r, ahead=a) for w, r, a in shapes)
+    most = 8 if tokens <= 8 else 16
+    yield from (FewTokens(warps=w, slab=r, ahead=a, tokens=most) for w, r, a in shapes)
 
 
 def triton_launches(tokens: int) -> Iterator[TritonLaunch]:
@@ -38,7 +43,7 @@ def triton_launches(tokens: int) -> Iterator[TritonLaunch]:
     shapes = {
         8: [(4, 32, 8, 4), (8, 16, 8, 4), (4, 16, 8, 4), (4, 32, 8, 2), (8, 32, 8, 2)],
         16: [(4, 32, 16, 2), (4, 16, 16, 4), (8, 32, 16, 1), (8, 16, 16, 2)],
-        64: [(4, 32, 32, 1), (4, 16, 64, 1), (4, 32, 64, 1), (8, 16, 64, 1), (4, 16, 32, 2)],
+        64: [(4, 32, 32, 1), (4, 32, 64, 1), (4, 64, 32, 1), (8, 64, 32, 1), (4, 64, 64, 1)],
     }
     for b, r, t, a in shapes[8 if tokens <= 8 else 16 if tokens <= 16 else 64]:
         yield TritonLaunch(batch=b, rows=r, tokens=t, ahead=a)
@@ -85,8 +90,8 @@ def routes(
     yield f"cuda r={rank}", partial(cuda, None, False, adapter)
     yield f"cuda overlapping r={rank}", partial(cuda, None, True, adapter)
     for launch in () if default else launches(tokens):
-        name = f"cuda w{launch.warps} s{launch.slab} a{launch.ahead} overlapping"
-        yield name, partial(cuda, launch, True, ())
+        name = " ".join(f"{key.lower()}={value}" for key, value in launch.definitions)
+        yield f"cuda {name}", partial(cuda, launch, True, ())
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-#include "few_tokens.cu"
+#include SOURCE
 
-extern "C" void run_few_tokens(const int *grid, int threads, const Arguments *arguments) {
-    launch(grid, threads, [=] { few_tokens(*arguments); });
+extern "C" void run(const int *grid, int threads, const Arguments *arguments) {
+    launch(grid, threads, [=] { NAME(*arguments); });
 }

@@ -19,6 +19,7 @@ typedef unsigned long long u64;
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))

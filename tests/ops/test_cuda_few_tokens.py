@@ -7,19 +7,24 @@ import torch
 
 from cuda_on_cpu import ROOM, Compiler
 from loftq.ops.cuda import few_tokens as module
-from loftq.ops.cuda import probe
-from loftq.ops.cuda.few_tokens import Launch, few_tokens, why_not
+from loftq.ops.cuda import plan, probe
+from loftq.ops.cuda.few_tokens import few_tokens, why_not
+from loftq.ops.cuda.plan import FewTokens, MoreTokens
 from loftq.ops.few_tokens import Member
 from packed_product import Problem, check_overlap
 
 CASES = (
-    ("nf4", (37,), 256, 3), ("nf3", (17, 40), 512, 9), ("nf2-f16", (40, 7, 33), 768, 1),
-    ("sint4-g128-bf16", (33,), 1280, 2), ("sint3-g128-f32", (7,), 256, 16),
-    ("nf4-f32", (60, 5), 512, 8), ("nf2", (20,), 4352, 1), ("sint2-g256-f32", (20,), 512, 5),
-)  # fmt: skip
-LAUNCHES = (
-    Launch(warps=2, slab=32, ahead=2), Launch(warps=1, slab=16, ahead=1),
-    Launch(warps=4, slab=16, ahead=3),
+    ("nf4", (37,), 256, 3, FewTokens(warps=2, slab=32, ahead=2)),
+    ("nf3", (17, 40), 512, 9, FewTokens(warps=1, slab=16, ahead=1, tokens=16)),
+    ("nf2-f16", (40, 7, 33), 768, 1, FewTokens(warps=4, slab=16, ahead=3)),
+    ("sint4-g128-bf16", (33,), 1280, 2, FewTokens(warps=2, slab=32, ahead=2)),
+    ("sint3-g128-f32", (7,), 256, 16, FewTokens(warps=2, slab=16, ahead=1, tokens=16)),
+    ("nf4-f32", (60, 5), 512, 8, FewTokens(warps=3, slab=16, ahead=3)),
+    ("nf2", (20,), 4352, 1, FewTokens(warps=4, slab=16, ahead=2)),
+    ("sint2-g256-f32", (20,), 512, 5, FewTokens(warps=2, slab=16, ahead=1)),
+    ("nf4", (90, 41), 512, 17, MoreTokens(slabs=2, tokens=32)),
+    ("nf3", (70,), 768, 64, MoreTokens(slabs=1, tokens=64)),
+    ("nf2-bf16", (97,), 256, 33, MoreTokens(slabs=2, tokens=64)),
 )  # fmt: skip
 
 
@@ -51,13 +56,14 @@ def check(y, made, adapter):
         problem.check(part, adapter=adapter)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[3]}")
 def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch):
     dtype = (torch.bfloat16, torch.float16)[CASES.index(case) % 2]
     monkeypatch.setattr(module, "kernel", compiler)
-    monkeypatch.setattr(module, "room", lambda device: ROOM)
-    made = problems(*case, dtype, "cpu", rank=24)
-    launch = LAUNCHES[CASES.index(case) % len(LAUNCHES)]
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    *shape, launch = case
+    made = problems(*shape, dtype, "cpu", rank=24)
     for adapter in (None, dtype, torch.float32):
         y = few_tokens(made[0].x, members(made, adapter), launch=launch, overlap=False)
         check(y, made, adapter is not None)
@@ -65,8 +71,9 @@ def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch
 
 def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch):
     monkeypatch.setattr(module, "kernel", compiler)
-    monkeypatch.setattr(module, "room", lambda device: ROOM)
-    monkeypatch.setattr(module, "LAUNCHES", LAUNCHES[:1])
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    monkeypatch.setattr(module, "LAUNCHES", (FewTokens(warps=2, slab=16, ahead=2),))
     assert probe.product_is_right(torch.device("cpu"))
     monkeypatch.setattr(
         probe, "few_tokens", lambda x, members, overlap: 1.1 * few_tokens(x, members)
@@ -75,7 +82,8 @@ def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch)
 
 
 def test_what_it_does_not_hold_is_said(monkeypatch):
-    monkeypatch.setattr(module, "room", lambda device: ROOM)
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
     x = torch.zeros(3, 512, dtype=torch.bfloat16)
 
     def reason(name="nf4", x=x, rows=20, rank=8, dtype=torch.bfloat16):
@@ -87,15 +95,21 @@ def test_what_it_does_not_hold_is_said(monkeypatch):
     assert "groups of 32" in reason("nf4-g32")
     assert "less than a word" in reason("nf4-g128")
     assert "in_features=320" in reason(x=x[:, :320])
-    assert "17 tokens" in reason(x=x[:1].expand(17, -1))
+    assert "65 tokens" in reason(x=x[:1].expand(65, -1))
     assert "rank 12" in reason(rank=12)
     assert "torch.float16 beside torch.bfloat16" in reason(dtype=torch.float16)
-    assert "does not fit" in reason(rows=4000, rank=64)
+    assert "does not fit" in reason(rows=40000, rank=512)
 
 
 FORMATS = ("nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f32", "nf2-f16", "snf3-bf16",
            "sint4-g128-f16", "sint2-g128-bf16")  # fmt: skip
-SHAPES = (((1,), 256, 1), ((640, 100), 11008, 16), ((4096, 1024, 1025), 2048, 8))
+SHAPES = (
+    ((1,), 256, 1),
+    ((640, 100), 11008, 16),
+    ((4096, 1024, 1025), 2048, 8),
+    ((4097,), 512, 64),
+    ((11008, 1), 512, 17),
+)
 
 
 @pytest.mark.gpu

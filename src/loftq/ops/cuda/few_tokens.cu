@@ -28,7 +28,8 @@ __device__ __forceinline__ void compute(
 #pragma unroll
     for (int g = 0; g < 4; g++) {
         uint4 x[BLOCKS][2];
-        load_x(x, s, tile * 256 + g * 64, p.lane);
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++) load_x(x[n], s, tile * 256 + g * 64, n, p.lane);
 #pragma unroll
         for (int r = 0; r < SLAB / 16; r++) {
             u32 low[8], high[8];

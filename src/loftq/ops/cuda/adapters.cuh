@@ -1,0 +1,156 @@
+// s A x^T of a launch's adapters, by its own blocks.
+//
+// It is cut into units of 16 rows of A by `chunk` tiles of columns, one for a warp here and there;
+// they write partial sums, and every block adds all of its weight's at its end, in one order. A
+// block that waits in vain (those that have the units may not run) computes them itself, to the
+// same bits: so nothing depends on which blocks run at once.
+//
+// Definitions: those of work.cuh; RANKED is the bytes of an adapter's number: 2, of x's dtype, or 4,
+// float32, used in x's; 0: no adapters.
+#pragma once
+
+#include "work.cuh"
+
+#if RANKED
+struct Unit {  // 16 rows of one A, `chunk` tiles of columns
+    int member, row, part;
+    __device__ __forceinline__ Unit(const Arguments &s, int number) {
+        int blocks = (s.rank + 15) / 16;
+        part = number % s.parts;
+        row = number / s.parts % blocks * 16;
+        member = number / s.parts / blocks;
+    }
+};
+
+__device__ __forceinline__ int units_of(const Arguments &s) {
+    return s.members * s.parts * ((s.rank + 15) / 16);
+}
+
+struct Slice {  // 16 rows by 256 columns of A
+    uint4 rows[4][2][2];
+};
+
+__device__ __forceinline__ u32 pair_of(u32 low, u32 high) {
+    return pair(__uint_as_float(low), __uint_as_float(high));
+}
+
+__device__ __forceinline__ void load_a(
+    Slice &slice, const Arguments &s, const Unit &u, int tile, int lane) {
+#pragma unroll
+    for (int g = 0; g < 4; g++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u64 row = min(u.row + h * 8 + lane / 4, s.rank - 1);
+            const uint4 *from = reinterpret_cast<const uint4 *>(
+                s.weights[u.member].a +
+                (row * s.layout.columns + tile * 256 + g * 64 + lane % 4 * 16) * RANKED);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#if RANKED == 4
+                uint4 first = from[2 * i], second = from[2 * i + 1];
+                slice.rows[g][h][i] = make_uint4(
+                    pair_of(first.x, first.y), pair_of(first.z, first.w),
+                    pair_of(second.x, second.y), pair_of(second.z, second.w));
+#else
+                slice.rows[g][h][i] = from[i];
+#endif
+            }
+        }
+}
+
+// Partial sums of one unit into s.ax; `slice` is its first tile.
+__device__ __forceinline__ void finish_unit(
+    Slice &slice, const Arguments &s, const Unit &u, int lane) {
+    float sums[BLOCKS][4] = {};
+    int tiles = s.layout.columns / 256, end = min((u.part + 1) * s.chunk, tiles);
+    for (int tile = u.part * s.chunk; tile < end; tile++) {
+        if (tile > u.part * s.chunk) load_a(slice, s, u, tile, lane);
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            u32 low[8], high[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                low[i] = word_of(slice.rows[g][0], i);
+                high[i] = word_of(slice.rows[g][1], i);
+            }
+#pragma unroll
+            for (int n = 0; n < BLOCKS; n++) {
+                uint4 x[2];
+                load_x(x, s, tile * 256 + g * 64, n, lane);
+                product(sums[n], low, high, x);
+            }
+        }
+    }
+    float *to = s.ax + static_cast<u64>(u.member * s.parts + u.part) * s.tokens * s.rank;
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int token = n * 8 + lane % 4 * 2 + i % 2, row = u.row + i / 2 * 8 + lane / 4;
+            if (token < s.tokens && row < s.rank)
+                to[token * s.rank + row] = sums[n][i] * s.weights[u.member].scaling;
+        }
+    __threadfence();
+    __syncwarp();
+}
+
+// The units of this warp, the first of them on its way before x is there.
+struct OwnUnits {
+    int number;
+    Slice slice;
+    __device__ __forceinline__ OwnUnits(const Arguments &s, const Place &p)
+        : number(blockIdx.x < s.unit_blocks ? (WARPS - 1 - p.warp) * s.unit_blocks + blockIdx.x
+                                            : units_of(s)) {
+        load(s, p);
+    }
+    __device__ __forceinline__ void load(const Arguments &s, const Place &p) {
+        if (number >= units_of(s)) return;
+        Unit u(s, number);
+        load_a(slice, s, u, u.part * s.chunk, p.lane);
+    }
+    __device__ __forceinline__ void finish(const Arguments &s, const Place &p) {
+        for (; number < units_of(s); number += WARPS * s.unit_blocks, load(s, p)) {
+            finish_unit(slice, s, Unit(s, number), p.lane);
+            if (p.lane == 0) atomicAdd(s.counts, 1u);
+        }
+    }
+};
+
+// Every unit by this block. Not inlined: its registers are not the loop's before it.
+__device__ __noinline__ void compute_units(const Arguments &s, int warp, int lane) {
+    for (int i = warp; i < units_of(s); i += WARPS) {
+        Unit u(s, i);
+        Slice slice;
+        load_a(slice, s, u, u.part * s.chunk, lane);
+        finish_unit(slice, s, u, lane);
+    }
+}
+
+// All units done by some block, or else by this one.
+__device__ __forceinline__ void wait_for_units(const Arguments &s, const Place &p) {
+    int done = 0;
+    if (threadIdx.x == 0)
+        for (int i = 0; i < PATIENCE && !done; i++)
+            done = load_acquire(s.counts) == static_cast<u32>(units_of(s));
+    if (!__syncthreads_or(done)) {
+        compute_units(s, p.warp, p.lane);
+        __syncthreads();
+    }
+}
+
+// Partial sums of s A x^T for rank r of token t, at from + (t rank + r), added up.
+__device__ __forceinline__ float add_parts(const Arguments &s, const Place &p, int i) {
+    int size = s.tokens * s.rank;
+    const float *from = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size + i;
+    float total = 0.0f;
+#pragma unroll 16
+    for (int part = 0; part < s.parts; part++) total += load_fresh(from + part * size);
+    return total;
+}
+
+// Called once by every block that will not read the parts again.
+__device__ __forceinline__ void leave_units(const Arguments &s) {
+    if (threadIdx.x == 0 && atomicAdd(s.counts + 1, 1u) == gridDim.x - 1)
+        s.counts[0] = s.counts[1] = 0;  // every block has counted all of its units
+}
+#endif

@@ -1,0 +1,208 @@
+"""How a product is cut into blocks, and what lies where in their shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loftq.ops.cuda.compiler import room
+from loftq.ops.few_tokens import Member
+from loftq.ops.reference import SCALE_DTYPES
+
+TILE = 256  # columns
+BASE, TABLE = 1024, 0x20000  # of shared memory: the first address, the table's (decode.cuh)
+MOST_WAVES = 3  # times as many blocks as multiprocessors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a launch has to do, as far as its shape depends on it."""
+
+    bits: int
+    group_size: int
+    scale_coding: str
+    sizes: tuple[int, ...]
+    columns: int
+    tokens: int
+    rank: int
+    adapter_bytes: int
+    """Of a number of A and B: 2 or 4; 0 without adapters."""
+
+    @classmethod
+    def of(cls, x: Tensor, members: Sequence[Member]) -> Work:
+        """x (tokens, in_features) and weights that agree in everything but their rows."""
+        bits, group_size, coding = members[0].layout[:3]
+        lora_A = members[0].lora_A
+        return cls(
+            bits=bits, group_size=group_size, scale_coding=coding,
+            sizes=tuple(m.packed.shape[0] for m in members), columns=x.shape[1],
+            tokens=x.shape[0], rank=members[0].rank,
+            adapter_bytes=0 if lora_A is None else lora_A.element_size(),
+        )  # fmt: skip
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the scales of a row in a tile."""
+        itemsize = 1 if self.scale_coding == "dq" else SCALE_DTYPES[self.scale_coding].itemsize
+        return itemsize * TILE // self.group_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row in a tile."""
+        return 32 * self.bits + self.scale_bytes + (4 if self.scale_coding == "dq" else 0)
+
+    def blocks(self, share: int) -> int:
+        """Blocks of `share` rows, each within one weight."""
+        return sum(-(-size // share) for size in self.sizes)
+
+    def share(self, most_blocks: int) -> int:
+        """The fewest rows of a block with which `most_blocks` blocks suffice."""
+        share = -(-sum(self.sizes) // most_blocks)
+        while self.blocks(share) > most_blocks:
+            share += 1
+        return share
+
+
+class Launch(Protocol):
+    """Shape of one launch of a source file."""
+
+    @property
+    def source(self) -> str:
+        """Name of the file, and of the function in it."""
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+
+    @property
+    def slab(self) -> int:
+        """Rows that are decoded together: 16 or 32."""
+
+    @property
+    def definitions(self) -> tuple[tuple[str, int], ...]:
+        """Of the source file, those that depend on the shape."""
+
+    def fits(self, work: Work, share: int) -> bool:
+        """Whether it holds blocks of `share` rows."""
+
+    def needs(self, work: Work, share: int) -> dict[str, int]:
+        """Bytes of shared memory by the names of `Arguments`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewTokens:
+    """few_tokens.cu: up to 16 tokens, each warp with tiles of its own."""
+
+    warps: int
+    slab: int
+    ahead: int
+    """Tiles of a warp on their way."""
+    tokens: int = 8
+    """The most: 8 or 16."""
+
+    source = "few_tokens"
+
+    @property
+    def definitions(self) -> tuple[tuple[str, int], ...]:
+        return (
+            ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
+            ("AHEAD", self.ahead),
+        )  # fmt: skip
+
+    def fits(self, work: Work, share: int) -> bool:
+        return work.tokens <= self.tokens
+
+    def needs(self, work: Work, share: int) -> dict[str, int]:
+        pitch = work.adapter_bytes * work.rank + 16
+        return {
+            "ring": self.warps * self.ahead * self.slab * work.row_bytes,
+            "sums": 4 * self.warps * share * work.tokens,
+            "b_rows": share * pitch if work.rank else 0,
+            "ax_sums": 4 * work.tokens * work.rank,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreTokens:
+    """more_tokens.cu: 17 to 64 tokens, x read once by a block."""
+
+    slabs: int
+    """Of 32 rows each in a block, four warps for each."""
+    tokens: int
+    """The most: 32 or 64."""
+
+    source, slab = "more_tokens", 32
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.slabs
+
+    @property
+    def definitions(self) -> tuple[tuple[str, int], ...]:
+        return (("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens))
+
+    def fits(self, work: Work, share: int) -> bool:
+        return work.tokens <= self.tokens and share <= self.slabs * self.slab
+
+    def needs(self, work: Work, share: int) -> dict[str, int]:
+        tiles = 2 * (self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes)
+        pitch = -(-work.rank // 64) * 128 + 16
+        return {
+            "ring": max(tiles, 4 * 4 * share * work.tokens),  # sums take the place of the tiles
+            "b_rows": share * pitch if work.rank else 0,
+            "ax_sums": work.tokens * pitch if work.rank else 0,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch, the rows of a block, and addresses in shared memory by name (sums: of the ring,
+    unless they have a place of their own)."""
+
+    launch: Launch
+    share: int
+    places: dict[str, int]
+
+
+LAUNCHES: tuple[Launch, ...] = (
+    *(FewTokens(warps=16, slab=16, ahead=ahead) for ahead in (3, 2, 1)),
+    *(FewTokens(warps=16, slab=16, ahead=ahead, tokens=16) for ahead in (3, 2, 1)),
+    MoreTokens(slabs=3, tokens=32),
+    MoreTokens(slabs=3, tokens=64),
+)
+"""In the order of preference: the first that fits is taken."""
+
+
+@lru_cache(maxsize=1024)
+def plan_of(work: Work, device: torch.device, launches: tuple[Launch, ...]) -> Plan | None:
+    """The first of `launches` that fits, in as few waves of blocks as possible; None without."""
+    multiprocessors, shared = room(device)
+    for waves in range(1, MOST_WAVES + 1):
+        share = work.share(multiprocessors * waves)
+        for launch in launches:
+            if not launch.fits(work, share):
+                continue
+            needs = launch.needs(work, share)
+            needs["map_copies"] = 8192 if work.scale_coding == "dq" else 0
+            if places := place(needs, work.bits, shared):
+                return Plan(launch, share, {"sums": places["ring"], **places})
+    return None
+
+
+def place(needs: dict[str, int], bits: int, shared: int) -> dict[str, int] | None:
+    """Addresses for `needs` bytes each, before and behind the table; None if they do not fit."""
+    free = {BASE: TABLE, TABLE + 256 * (64 if bits == 3 else 256): BASE + shared}
+    places = {}
+    for name, size in sorted(needs.items(), key=lambda item: -item[1]):
+        whole = -(-size // 128) * 128
+        start = next((at for at, end in free.items() if end - at >= whole), None)
+        if start is None:
+            return None
+        places[name] = start
+        free[start + whole] = free.pop(start)
+    return places
