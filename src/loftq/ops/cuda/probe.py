@@ -36,7 +36,10 @@ def _member(rows: int, bits: int, generator: torch.Generator, device: torch.devi
 
 
 def _product(x: Tensor, member: Member) -> Tensor:
-    W = dequantize_reference(*member[:4], COLUMNS, *member.layout, torch.float32)
+    bits, group_size, coding, levels, zero = member.layout
+    W = dequantize_reference(
+        *member[:4], COLUMNS, bits, group_size, coding, levels, zero, torch.float32
+    )
     x = x.float()
     A, B = (t.float() for t in (member.lora_A, member.lora_B) if t is not None)
     return x @ W.T + member.scaling * (x @ A.T) @ B.T
