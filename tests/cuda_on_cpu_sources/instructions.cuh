@@ -103,6 +103,7 @@ inline u32 fixed_word(u32 at) { return shared_at<u32>(at); }
 inline uint2 fixed_words(u32 at) { return shared_at<uint2>(at); }
 inline u32 shared_word(u32 at) { return shared_at<u32>(at); }
 inline uint2 shared_words(u32 at) { return shared_at<uint2>(at); }
+inline uint4 shared_four(u32 at) { return shared_at<uint4>(at); }
 inline u32 shared_half(u32 at) { return shared_at<u16>(at); }
 inline void store_words(u32 at, uint4 v) { std::memcpy(memory + at - FIRST, &v, 16); }
 

@@ -138,19 +138,74 @@ __device__ __forceinline__ void wait_for_units(const Arguments &s, const Place &
     }
 }
 
-// Partial sums of s A x^T for rank r of token t, at from + (t rank + r), added up.
-__device__ __forceinline__ float add_parts(const Arguments &s, const Place &p, int i) {
-    int size = s.tokens * s.rank;
-    const float *from = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size + i;
-    float total = 0.0f;
-#pragma unroll 16
-    for (int part = 0; part < s.parts; part++) total += load_fresh(from + part * size);
-    return total;
+// Bytes of a row of B, and of a token of s A x^T, in shared memory: 16-bit numbers, whole tiles of
+// 64, the last filled up with 0; neighbours in other banks.
+__device__ __forceinline__ int rank_pitch(const Arguments &s) {
+    return (s.rank + 63) / 64 * 128 + 16;
 }
 
-// Called once by every block that will not read the parts again.
-__device__ __forceinline__ void leave_units(const Arguments &s) {
+// Ask for this block's rows of B.
+__device__ __forceinline__ void ask_b(const Arguments &s, const Place &p) {
+    int pitch = rank_pitch(s), pieces = pitch / 16 - 1;  // of 8 numbers
+    for (int i = threadIdx.x; i < s.share * pieces; i += THREADS) {
+        int row = min(p.first + i / pieces, p.last), at = i % pieces * 8;
+        u32 to = s.b_rows + i / pieces * pitch + at * 2;
+        const u8 *from = p.w->b + (static_cast<u64>(row) * s.rank + at) * RANKED;
+        if (at >= s.rank)
+            store_words(to, make_uint4(0, 0, 0, 0));
+        else if (RANKED == 2)
+            copy_async<16>(to, from);
+        else {
+            uint4 a = reinterpret_cast<const uint4 *>(from)[0];
+            uint4 b = reinterpret_cast<const uint4 *>(from)[1];
+            store_words(to, make_uint4(pair_of(a.x, a.y), pair_of(a.z, a.w), pair_of(b.x, b.y),
+                                       pair_of(b.z, b.w)));
+        }
+    }
+}
+
+// s A x^T of this block's weight, (tokens, rank), into shared memory.
+__device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
+    int pitch = rank_pitch(s) / 2, ranks = pitch - 8, size = s.tokens * s.rank;
+    const float *parts = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size;
+    u16 *to = reinterpret_cast<u16 *>(FLOATS(s.ax_sums));
+    for (int i = threadIdx.x; i < s.tokens * ranks; i += THREADS) {
+        int token = i / ranks, r = i % ranks;
+        float total = 0.0f;
+        if (r < s.rank)
+#pragma unroll 16
+            for (int part = 0; part < s.parts; part++)
+                total += load_fresh(parts + part * size + token * s.rank + r);
+        to[token * pitch + r] = static_cast<u16>(pair(total, 0.0f));
+    }
+    __syncthreads();
     if (threadIdx.x == 0 && atomicAdd(s.counts + 1, 1u) == gridDim.x - 1)
         s.counts[0] = s.counts[1] = 0;  // every block has counted all of its units
+}
+
+// sums of a slab += B (s A x^T) for the ranks at .. at + 63
+__device__ __forceinline__ void add_adapter(
+    float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p, int slab, int at) {
+    int pitch = rank_pitch(s);
+    u32 of_lane = (at + p.lane % 4 * 16) * 2;
+#pragma unroll
+    for (int r = 0; r < SLAB / 16; r++) {
+        u32 low[8], high[8];
+        uint4 rows[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = min(slab * p.height + (r * 2 + h) * 8 + p.lane / 4, s.share - 1);
+            columns_of(rows[h], s.b_rows + row * pitch + of_lane);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) low[i] = word_of(rows[0], i), high[i] = word_of(rows[1], i);
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++) {
+            uint4 x[2];
+            int token = min(n * 8 + p.lane / 4, s.tokens - 1);
+            columns_of(x, s.ax_sums + token * pitch + of_lane);
+            product(sums[r][n], low, high, x);
+        }
+    }
 }
 #endif

@@ -65,43 +65,6 @@ __device__ __forceinline__ void put(
             }
 }
 
-#if RANKED
-// Rows of B to shared memory, 16 bytes apart from each other's banks.
-__device__ __forceinline__ void ask_b(const Arguments &s, const Place &p) {
-    int pieces = s.rank * RANKED / 16, rows = p.last - p.first + 1;
-    const u8 *from = p.w->b + static_cast<u64>(p.first) * s.rank * RANKED;
-    for (int i = threadIdx.x; i < rows * pieces; i += THREADS)
-        copy_async<16>(s.b_rows + (i + i / pieces) * 16, from + i * 16);
-}
-
-// s A x^T of this block's weight, (tokens, rank), into shared memory.
-__device__ void add_units(const Arguments &s, const Place &p) {
-    for (int i = threadIdx.x; i < s.tokens * s.rank; i += THREADS)
-        FLOATS(s.ax_sums)[i] = add_parts(s, p, i);
-    __syncthreads();
-    leave_units(s);
-}
-
-__device__ __forceinline__ float adapter_sum(const Arguments &s, int row, int token) {
-    const float *ax = FLOATS(s.ax_sums) + token * s.rank;
-    u32 b = s.b_rows + row * (s.rank * RANKED + 16);
-    float total = 0.0f;
-    for (int i = 0; i < s.rank; i += 8 / RANKED, b += 8) {
-        uint2 words = shared_words(b);
-#if RANKED == 4
-        total += __uint_as_float(words.x) * ax[i] + __uint_as_float(words.y) * ax[i + 1];
-#else
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 word = j < 2 ? words.x : words.y, half = j % 2 ? word >> 16 : word & 0xffff;
-            total += (HALF ? half_to_float(half) : __uint_as_float(half << 16)) * ax[i + j];
-        }
-#endif
-    }
-    return total;
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 few_tokens(const __grid_constant__ Arguments s) {
     let_next_start();
@@ -123,6 +86,7 @@ few_tokens(const __grid_constant__ Arguments s) {
     }
 #if RANKED
     OwnUnits units(s, p);
+    ask_b(s, p);  // these copies join the next group; a warp waits for its own before all meet
 #endif
     fill_table(s.levels, THREADS);
     fill_map(s.map_copies, s.map, THREADS);
@@ -133,7 +97,6 @@ few_tokens(const __grid_constant__ Arguments s) {
     __syncthreads();
 #if RANKED
     units.finish(s, p);
-    ask_b(s, p);  // these copies join the next group: a warp waits for its own before all meet
 #endif
     float *own = FLOATS(s.sums) + p.warp * size;
     float sums[SLAB / 16][BLOCKS][4] = {};
@@ -155,6 +118,11 @@ few_tokens(const __grid_constant__ Arguments s) {
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
+    int ranks = (s.rank + 63) / 64;
+    for (int i = p.warp; i < p.slabs * ranks; i += WARPS) {
+        add_adapter(sums, s, p, i / ranks, i % ranks * 64);
+        put(sums, own, s, p, i / ranks);
+    }
 #endif
     __syncthreads();
     for (int i = threadIdx.x; i < size; i += THREADS) {
@@ -163,9 +131,6 @@ few_tokens(const __grid_constant__ Arguments s) {
         float total = 0.0f;
 #pragma unroll
         for (int v = 0; v < WARPS; v++) total += FLOATS(s.sums)[v * size + i];
-#if RANKED
-        total += adapter_sum(s, row, token);
-#endif
         s.y[static_cast<u64>(token) * s.rows + w.before + p.first + row] =
             static_cast<u16>(pair(total, 0.0f));
     }

@@ -27,15 +27,6 @@ __device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p
     }
 }
 
-// The sixteen columns of this lane in 64 of a row of `pitch` bytes for a token block.
-__device__ __forceinline__ void columns_of(uint4 x[2], u32 at) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint2 low = shared_words(at + i * 16), high = shared_words(at + i * 16 + 8);
-        x[i] = make_uint4(low.x, low.y, high.x, high.y);
-    }
-}
-
 __device__ __forceinline__ void compute(
     float sums[2][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p, int g,
     float offset, u32 bank) {
@@ -64,73 +55,6 @@ __device__ __forceinline__ void compute(
     }
 }
 
-#if RANKED
-// Bytes of a row of B, and of a token of s A x^T, in shared memory: 16-bit numbers, whole tiles of
-// 64, the last filled up with 0.
-__device__ __forceinline__ int rank_pitch(const Arguments &s) {
-    return (s.rank + 63) / 64 * 128 + 16;
-}
-
-__device__ __forceinline__ void load_b(const Arguments &s, const Place &p) {
-    int pieces = rank_pitch(s) / 16 - 1;  // of 8 numbers
-    for (int i = threadIdx.x; i < s.share * pieces; i += THREADS) {
-        int row = min(p.first + i / pieces, p.last), at = i % pieces * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (at < s.rank) {
-            const uint4 *from = reinterpret_cast<const uint4 *>(
-                p.w->b + (static_cast<u64>(row) * s.rank + at) * RANKED);
-#if RANKED == 4
-            uint4 a = from[0], b = from[1];
-            v = make_uint4(pair_of(a.x, a.y), pair_of(a.z, a.w), pair_of(b.x, b.y),
-                           pair_of(b.z, b.w));
-#else
-            v = from[0];
-#endif
-        }
-        store_words(s.b_rows + i / pieces * rank_pitch(s) + at * 2, v);
-    }
-}
-
-// s A x^T of this block's weight, (tokens, rank), into shared memory.
-__device__ void add_units(const Arguments &s, const Place &p) {
-    int pitch = rank_pitch(s) / 2;
-    u16 *to = reinterpret_cast<u16 *>(FLOATS(s.ax_sums));
-    for (int i = threadIdx.x; i < s.tokens * (pitch - 8); i += THREADS) {
-        int token = i / (pitch - 8), r = i % (pitch - 8);
-        float total = r < s.rank ? add_parts(s, p, token * s.rank + r) : 0.0f;
-        to[token * pitch + r] = static_cast<u16>(pair(total, 0.0f));
-    }
-    __syncthreads();
-    leave_units(s);
-}
-
-// The adapter as more columns: 64 of the rank a warp.
-__device__ __forceinline__ void add_adapter(
-    float sums[2][BLOCKS][4], const Arguments &s, const Place &p, int slab, int g) {
-    int pitch = rank_pitch(s), q = p.lane % 4;
-    for (int at = g * 128; at < pitch - 16; at += 512)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            u32 low[8], high[8];
-            uint4 rows[2][2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int row = min(slab * p.height + (r * 2 + h) * 8 + p.lane / 4, s.share - 1);
-                columns_of(rows[h], s.b_rows + row * pitch + at + q * 32);
-            }
-#pragma unroll
-            for (int i = 0; i < 8; i++) low[i] = word_of(rows[0], i), high[i] = word_of(rows[1], i);
-#pragma unroll
-            for (int n = 0; n < BLOCKS; n++) {
-                uint4 x[2];
-                int token = min(n * 8 + p.lane / 4, s.tokens - 1);
-                columns_of(x, s.ax_sums + token * pitch + at + q * 32);
-                product(sums[r][n], low, high, x);
-            }
-        }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 more_tokens(const __grid_constant__ Arguments s) {
     let_next_start();
@@ -150,7 +74,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     ask_weights(0);
 #if RANKED
     OwnUnits units(s, p);
-    load_b(s, p);
+    ask_b(s, p);
 #endif
     fill_table(s.levels, THREADS);
     fill_map(s.map_copies, s.map, THREADS);
@@ -176,7 +100,8 @@ more_tokens(const __grid_constant__ Arguments s) {
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
-    if (slab < p.slabs) add_adapter(sums, s, p, slab, g);
+    if (slab < p.slabs)
+        for (int at = g * 64; at < s.rank; at += 256) add_adapter(sums, s, p, slab, at);
 #endif
     __syncthreads();
     float *all = FLOATS(s.sums);  // (4, tokens, share), where the tiles were

@@ -118,12 +118,9 @@ class FewTokens:
         return work.tokens <= self.tokens
 
     def needs(self, work: Work, share: int) -> dict[str, int]:
-        pitch = work.adapter_bytes * work.rank + 16
         return {
             "ring": self.warps * self.ahead * self.slab * work.row_bytes,
             "sums": 4 * self.warps * share * work.tokens,
-            "b_rows": share * pitch if work.rank else 0,
-            "ax_sums": 4 * work.tokens * work.rank,
         }
 
 
@@ -151,12 +148,7 @@ class MoreTokens:
 
     def needs(self, work: Work, share: int) -> dict[str, int]:
         tiles = 2 * (self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes)
-        pitch = -(-work.rank // 64) * 128 + 16
-        return {
-            "ring": max(tiles, 4 * 4 * share * work.tokens),  # sums take the place of the tiles
-            "b_rows": share * pitch if work.rank else 0,
-            "ax_sums": work.tokens * pitch if work.rank else 0,
-        }
+        return {"ring": max(tiles, 4 * 4 * share * work.tokens)}  # sums take the place of tiles
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,9 @@ class Plan:
 
 
 LAUNCHES: tuple[Launch, ...] = (
-    *(FewTokens(warps=16, slab=16, ahead=ahead) for ahead in (3, 2, 1)),
+    FewTokens(warps=16, slab=32, ahead=1),
+    FewTokens(warps=8, slab=32, ahead=2),
+    FewTokens(warps=16, slab=16, ahead=1),
     *(FewTokens(warps=16, slab=16, ahead=ahead, tokens=16) for ahead in (3, 2, 1)),
     MoreTokens(slabs=3, tokens=32),
     MoreTokens(slabs=3, tokens=64),
@@ -187,11 +181,19 @@ def plan_of(work: Work, device: torch.device, launches: tuple[Launch, ...]) -> P
         for launch in launches:
             if not launch.fits(work, share):
                 continue
-            needs = launch.needs(work, share)
-            needs["map_copies"] = 8192 if work.scale_coding == "dq" else 0
+            needs = {**launch.needs(work, share), **_common_needs(work, share)}
             if places := place(needs, work.bits, shared):
                 return Plan(launch, share, {"sums": places["ring"], **places})
     return None
+
+
+def _common_needs(work: Work, share: int) -> dict[str, int]:
+    pitch = -(-work.rank // 64) * 128 + 16  # rank_pitch of adapters.cuh
+    return {
+        "map_copies": 8192 if work.scale_coding == "dq" else 0,
+        "b_rows": share * pitch if work.rank else 0,
+        "ax_sums": work.tokens * pitch if work.rank else 0,
+    }
 
 
 def place(needs: dict[str, int], bits: int, shared: int) -> dict[str, int] | None:

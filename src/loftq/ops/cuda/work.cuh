@@ -66,3 +66,9 @@ __device__ __forceinline__ void load_x(
     x[0] = from[0];
     x[1] = from[1];
 }
+
+// The same, of 16-bit numbers in shared memory, from address `at` on.
+__device__ __forceinline__ void columns_of(uint4 x[2], u32 at) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) x[i] = shared_four(at + i * 16);
+}
