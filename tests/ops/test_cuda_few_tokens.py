@@ -19,12 +19,12 @@ CASES = (
     ("nf2-f16", (40, 7, 33), 768, 1, FewTokens(warps=4, slab=16, ahead=3)),
     ("sint4-g128-bf16", (33,), 1280, 2, FewTokens(warps=2, slab=32, ahead=2)),
     ("sint3-g128-f32", (7,), 256, 16, FewTokens(warps=2, slab=16, ahead=1, tokens=16)),
-    ("nf4-f32", (60, 5), 512, 8, FewTokens(warps=3, slab=16, ahead=3)),
-    ("nf2", (20,), 4352, 1, FewTokens(warps=4, slab=16, ahead=2)),
+    ("nf4-f32", (30, 5), 512, 8, FewTokens(warps=3, slab=16, ahead=3)),
+    ("nf2", (10,), 4352, 1, FewTokens(warps=2, slab=16, ahead=2)),
     ("sint2-g256-f32", (20,), 512, 5, FewTokens(warps=2, slab=16, ahead=1)),
-    ("nf4", (90, 41), 512, 17, MoreTokens(slabs=2, tokens=32)),
-    ("nf3", (70,), 768, 64, MoreTokens(slabs=1, tokens=64)),
-    ("nf2-bf16", (97,), 256, 33, MoreTokens(slabs=2, tokens=64)),
+    ("nf4", (60, 21), 256, 17, MoreTokens(slabs=1, tokens=32)),
+    ("nf3", (40,), 512, 64, MoreTokens(slabs=1, tokens=64)),
+    ("nf2-bf16", (80,), 768, 33, MoreTokens(slabs=2, tokens=64)),
 )  # fmt: skip
 
 

@@ -94,37 +94,29 @@ __device__ __forceinline__ void finish_unit(
     __syncwarp();
 }
 
-// The units of this warp, the first of them on its way before x is there.
-struct OwnUnits {
-    int number;
-    Slice slice;
-    __device__ __forceinline__ OwnUnits(const Arguments &s, const Place &p)
-        : number(blockIdx.x < s.unit_blocks ? (WARPS - 1 - p.warp) * s.unit_blocks + blockIdx.x
-                                            : units_of(s)) {
-        load(s, p);
-    }
-    __device__ __forceinline__ void load(const Arguments &s, const Place &p) {
-        if (number >= units_of(s)) return;
-        Unit u(s, number);
-        load_a(slice, s, u, u.part * s.chunk, p.lane);
-    }
-    __device__ __forceinline__ void finish(const Arguments &s, const Place &p) {
-        for (; number < units_of(s); number += WARPS * s.unit_blocks, load(s, p)) {
-            finish_unit(slice, s, Unit(s, number), p.lane);
-            if (p.lane == 0) atomicAdd(s.counts, 1u);
-        }
-    }
-};
-
-// Every unit by this block. Not inlined: its registers are not the loop's before it.
-__device__ __noinline__ void compute_units(const Arguments &s, int warp, int lane) {
-    for (int i = warp; i < units_of(s); i += WARPS) {
+// Units first, first + step, ... of a warp. Not inlined: its registers are not the loop's beside it.
+__device__ __noinline__ void compute_units(const Arguments &s, int first, int step, int lane) {
+    for (int i = first; i < units_of(s); i += step) {
         Unit u(s, i);
         Slice slice;
         load_a(slice, s, u, u.part * s.chunk, lane);
         finish_unit(slice, s, u, lane);
     }
 }
+
+// The units of this warp.
+struct OwnUnits {
+    int first, step, count;
+    __device__ __forceinline__ OwnUnits(const Arguments &s, const Place &p)
+        : first((WARPS - 1 - p.warp) * s.unit_blocks + blockIdx.x), step(WARPS * s.unit_blocks) {
+        count = blockIdx.x < s.unit_blocks && first < units_of(s)
+            ? (units_of(s) - first + step - 1) / step : 0;
+    }
+    // Said once all of them are written.
+    __device__ __forceinline__ void done(const Arguments &s, int lane) const {
+        if (count && lane == 0) atomicAdd(s.counts, static_cast<u32>(count));
+    }
+};
 
 // All units done by some block, or else by this one.
 __device__ __forceinline__ void wait_for_units(const Arguments &s, const Place &p) {
@@ -133,7 +125,7 @@ __device__ __forceinline__ void wait_for_units(const Arguments &s, const Place &
         for (int i = 0; i < PATIENCE && !done; i++)
             done = load_acquire(s.counts) == static_cast<u32>(units_of(s));
     if (!__syncthreads_or(done)) {
-        compute_units(s, p.warp, p.lane);
+        compute_units(s, p.warp, WARPS, p.lane);
         __syncthreads();
     }
 }

@@ -85,7 +85,10 @@ few_tokens(const __grid_constant__ Arguments s) {
         commit_copies();
     }
 #if RANKED
-    OwnUnits units(s, p);
+    const OwnUnits units(s, p);
+    Unit unit(s, units.count ? units.first : 0);
+    Slice slice;  // of the first unit, on its way before x is there
+    if (units.count) load_a(slice, s, unit, unit.part * s.chunk, p.lane);
     ask_b(s, p);  // these copies join the next group; a warp waits for its own before all meet
 #endif
     fill_table(s.levels, THREADS);
@@ -96,7 +99,9 @@ few_tokens(const __grid_constant__ Arguments s) {
     wait_for_producer();
     __syncthreads();
 #if RANKED
-    units.finish(s, p);
+    if (units.count) finish_unit(slice, s, unit, p.lane);
+    if (units.count > 1) compute_units(s, units.first + units.step, units.step, p.lane);
+    units.done(s, p.lane);
 #endif
     float *own = FLOATS(s.sums) + p.warp * size;
     float sums[SLAB / 16][BLOCKS][4] = {};

@@ -55,6 +55,24 @@ __device__ __forceinline__ void compute(
     }
 }
 
+// Sums of warp (slab, g) into shared memory, or added to what it put there, (4, tokens, share).
+template <bool ADD> __device__ __forceinline__ void put(
+    float *all, const float sums[2][BLOCKS][4], const Arguments &s, const Place &p, int slab,
+    int g) {
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int within = r * 16 + i / 2 * 8 + p.lane / 4, row = slab * p.height + within;
+                int token = n * 8 + p.lane % 4 * 2 + i % 2;
+                if (within >= p.height || row >= s.share || token >= s.tokens) continue;
+                float &to = all[(g * s.tokens + token) * s.share + row];
+                to = ADD ? to + sums[r][n][i] : sums[r][n][i];
+            }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 more_tokens(const __grid_constant__ Arguments s) {
     let_next_start();
@@ -73,7 +91,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     };
     ask_weights(0);
 #if RANKED
-    OwnUnits units(s, p);
+    const OwnUnits units(s, p);
     ask_b(s, p);
 #endif
     fill_table(s.levels, THREADS);
@@ -83,7 +101,8 @@ more_tokens(const __grid_constant__ Arguments s) {
     ask_tokens(0);
     commit_copies();
 #if RANKED
-    units.finish(s, p);
+    if (units.count) compute_units(s, units.first, units.step, p.lane);
+    units.done(s, p.lane);
 #endif
     float sums[2][BLOCKS][4] = {};
     u32 bank = bank_of(p.lane);
@@ -97,25 +116,18 @@ more_tokens(const __grid_constant__ Arguments s) {
         if (slab < p.slabs)
             compute(sums, stage, stage + X_STAGE + slab * STAGE, s, p, g, offset, bank);
     }
+    __syncthreads();
+    float *all = FLOATS(s.sums);  // where the tiles were
+    put<false>(all, sums, s, p, slab, g);
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
-    if (slab < p.slabs)
-        for (int at = g * 64; at < s.rank; at += 256) add_adapter(sums, s, p, slab, at);
+    for (int at = g * 64; at < s.rank; at += 256) {
+        float more[2][BLOCKS][4] = {};
+        add_adapter(more, s, p, slab, at);
+        put<true>(all, more, s, p, slab, g);
+    }
 #endif
-    __syncthreads();
-    float *all = FLOATS(s.sums);  // (4, tokens, share), where the tiles were
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int within = r * 16 + i / 2 * 8 + p.lane / 4, row = slab * p.height + within;
-                int token = n * 8 + p.lane % 4 * 2 + i % 2;
-                if (within < p.height && row < s.share && token < s.tokens)
-                    all[(g * s.tokens + token) * s.share + row] = sums[r][n][i];
-            }
     __syncthreads();
     for (int i = threadIdx.x; i < s.share * s.tokens; i += THREADS) {
         int token = i / s.share, row = p.first + i % s.share;
