@@ -31,11 +31,17 @@ def launches(tokens: int) -> Iterator[Launch]:
     if tokens > 16:
         yield from (MoreTokens(slabs=n, tokens=32 if tokens <= 32 else 64) for n in (1, 2, 3))
         return
-    shapes = [(16, 16, 2), (16, 16, 1), (12, 16, 3), (8, 16, 4), (16, 32, 1), (12, 32, 1)]
-    if tokens <= 8:
-        shapes += [(8, 32, 3), (8, 32, 2)]
     most = 8 if tokens <= 8 else 16
-    yield from (FewTokens(warps=w, slab=r, ahead=a, tokens=most) for w, r, a in shapes)
+    shapes = [
+        (16, 32, 1, 1),
+        (16, 16, 2, 1),
+        (8, 32, 2, 1),
+        (8, 32, 1, 2),
+        (8, 16, 2, 2),
+        (8, 16, 1, 2),
+    ]
+    for warps, slab, ahead, resident in shapes:
+        yield FewTokens(warps=warps, slab=slab, ahead=ahead, tokens=most, resident=resident)
 
 
 def triton_launches(tokens: int) -> Iterator[TritonLaunch]:

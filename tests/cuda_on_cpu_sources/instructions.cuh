@@ -32,7 +32,7 @@ struct Index { u32 x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 constexpr int PATIENCE = 3;
-constexpr u32 FIRST = 1024;  // the address of `memory`
+constexpr u32 BASE = 1024;  // the address of `memory`
 thread_local Index threadIdx, blockIdx;
 Index gridDim;
 alignas(1024) u8 memory[1 << 18];
@@ -93,24 +93,26 @@ inline u32 permute(u32 a, u32 b, u32 picks) {
     return d;
 }
 
-inline u32 address_of(const void *p) { return static_cast<const u8 *>(p) - memory + FIRST; }
+inline u32 address_of(const void *p) { return static_cast<const u8 *>(p) - memory + BASE; }
 template <class T> T shared_at(u32 at) {
     T v;
-    std::memcpy(&v, memory + at - FIRST, sizeof v);
+    std::memcpy(&v, memory + at - BASE, sizeof v);
     return v;
 }
 inline u32 fixed_word(u32 at) { return shared_at<u32>(at); }
-inline uint2 fixed_words(u32 at) { return shared_at<uint2>(at); }
+inline u32 table_word(u32 at) { return shared_at<u32>(at + BASE); }
+inline uint2 table_words(u32 at) { return shared_at<uint2>(at + BASE); }
 inline u32 shared_word(u32 at) { return shared_at<u32>(at); }
 inline uint2 shared_words(u32 at) { return shared_at<uint2>(at); }
 inline uint4 shared_four(u32 at) { return shared_at<uint4>(at); }
 inline u32 shared_half(u32 at) { return shared_at<u16>(at); }
-inline void store_words(u32 at, uint4 v) { std::memcpy(memory + at - FIRST, &v, 16); }
+inline void store_words(u32 at, uint4 v) { std::memcpy(memory + at - BASE, &v, 16); }
 
 template <int BYTES> void copy_async(u32 to, const u8 *from) {
     if (to % BYTES || reinterpret_cast<u64>(from) % BYTES) std::abort();
-    std::memcpy(memory + to - FIRST, from, BYTES);
+    std::memcpy(memory + to - BASE, from, BYTES);
 }
+inline void prefetch(const u8 *p) {}
 inline void commit_copies() {}
 template <int LEFT> void wait_copies() {}
 

@@ -14,7 +14,7 @@ from loftq.ops.few_tokens import Member
 from packed_product import Problem, check_overlap
 
 CASES = (
-    ("nf4", (37,), 256, 3, FewTokens(warps=2, slab=32, ahead=2)),
+    ("nf4", (37,), 256, 3, FewTokens(warps=2, slab=32, ahead=2, resident=2)),
     ("nf3", (17, 40), 512, 9, FewTokens(warps=1, slab=16, ahead=1, tokens=16)),
     ("nf2-f16", (40, 7, 33), 768, 1, FewTokens(warps=4, slab=16, ahead=3)),
     ("sint4-g128-bf16", (33,), 1280, 2, FewTokens(warps=2, slab=32, ahead=2)),

@@ -34,6 +34,18 @@ __device__ __forceinline__ u32 pair_of(u32 low, u32 high) {
     return pair(__uint_as_float(low), __uint_as_float(high));
 }
 
+// Numbers 8 i .. 8 i + 7 of an adapter, from `from` on, in x's dtype.
+__device__ __forceinline__ uint4 eight_of(const u8 *from, int i) {
+    const uint4 *four = reinterpret_cast<const uint4 *>(from);
+#if RANKED == 4
+    uint4 a = four[2 * i], b = four[2 * i + 1];
+    return make_uint4(
+        pair_of(a.x, a.y), pair_of(a.z, a.w), pair_of(b.x, b.y), pair_of(b.z, b.w));
+#else
+    return four[i];
+#endif
+}
+
 __device__ __forceinline__ void load_a(
     Slice &slice, const Arguments &s, const Unit &u, int tile, int lane) {
 #pragma unroll
@@ -41,20 +53,10 @@ __device__ __forceinline__ void load_a(
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             u64 row = min(u.row + h * 8 + lane / 4, s.rank - 1);
-            const uint4 *from = reinterpret_cast<const uint4 *>(
-                s.weights[u.member].a +
-                (row * s.layout.columns + tile * 256 + g * 64 + lane % 4 * 16) * RANKED);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-#if RANKED == 4
-                uint4 first = from[2 * i], second = from[2 * i + 1];
-                slice.rows[g][h][i] = make_uint4(
-                    pair_of(first.x, first.y), pair_of(first.z, first.w),
-                    pair_of(second.x, second.y), pair_of(second.z, second.w));
-#else
-                slice.rows[g][h][i] = from[i];
-#endif
-            }
+            const u8 *from = s.weights[u.member].a +
+                (row * s.layout.columns + tile * 256 + g * 64 + lane % 4 * 16) * RANKED;
+            slice.rows[g][h][0] = eight_of(from, 0);
+            slice.rows[g][h][1] = eight_of(from, 1);
         }
 }
 
@@ -130,29 +132,28 @@ __device__ __forceinline__ void wait_for_units(const Arguments &s, const Place &
     }
 }
 
-// Bytes of a row of B, and of a token of s A x^T, in shared memory: 16-bit numbers, whole tiles of
-// 64, the last filled up with 0; neighbours in other banks.
+// Bytes of a token of s A x^T in shared memory: 16-bit numbers, whole tiles of 64, the last filled
+// up with 0; neighbours in other banks.
 __device__ __forceinline__ int rank_pitch(const Arguments &s) {
     return (s.rank + 63) / 64 * 128 + 16;
 }
 
-// Ask for this block's rows of B.
-__device__ __forceinline__ void ask_b(const Arguments &s, const Place &p) {
-    int pitch = rank_pitch(s), pieces = pitch / 16 - 1;  // of 8 numbers
-    for (int i = threadIdx.x; i < s.share * pieces; i += THREADS) {
-        int row = min(p.first + i / pieces, p.last), at = i % pieces * 8;
-        u32 to = s.b_rows + i / pieces * pitch + at * 2;
-        const u8 *from = p.w->b + (static_cast<u64>(row) * s.rank + at) * RANKED;
-        if (at >= s.rank)
-            store_words(to, make_uint4(0, 0, 0, 0));
-        else if (RANKED == 2)
-            copy_async<16>(to, from);
-        else {
-            uint4 a = reinterpret_cast<const uint4 *>(from)[0];
-            uint4 b = reinterpret_cast<const uint4 *>(from)[1];
-            store_words(to, make_uint4(pair_of(a.x, a.y), pair_of(a.z, a.w), pair_of(b.x, b.y),
-                                       pair_of(b.z, b.w)));
-        }
+// This block's rows of B on their way to the L2 cache.
+__device__ __forceinline__ void prefetch_b(const Arguments &s, const Place &p) {
+    int bytes = s.rank * RANKED;
+    const u8 *from = p.w->b + static_cast<u64>(p.first) * bytes;
+    for (int i = threadIdx.x * 128; i < (p.last - p.first + 1) * bytes; i += THREADS * 128)
+        prefetch(from + i);
+}
+
+// Sixteen columns of a row of B, from `at` on, as pairs; 0 beyond the rank.
+__device__ __forceinline__ void load_b(
+    uint4 v[2], const Arguments &s, const Place &p, int row, int at) {
+    const u8 *from = p.w->b + (static_cast<u64>(row) * s.rank + at) * RANKED;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        v[i] = make_uint4(0, 0, 0, 0);
+        if (at + i * 8 < s.rank) v[i] = eight_of(from, i);
     }
 }
 
@@ -179,23 +180,21 @@ __device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
 __device__ __forceinline__ void add_adapter(
     float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p, int slab, int at) {
     int pitch = rank_pitch(s);
-    u32 of_lane = (at + p.lane % 4 * 16) * 2;
+    int of_lane = at + p.lane % 4 * 16;
 #pragma unroll
     for (int r = 0; r < SLAB / 16; r++) {
         u32 low[8], high[8];
         uint4 rows[2][2];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = min(slab * p.height + (r * 2 + h) * 8 + p.lane / 4, s.share - 1);
-            columns_of(rows[h], s.b_rows + row * pitch + of_lane);
-        }
+        for (int h = 0; h < 2; h++)
+            load_b(rows[h], s, p, p.row(slab, (r * 2 + h) * 8 + p.lane / 4), of_lane);
 #pragma unroll
         for (int i = 0; i < 8; i++) low[i] = word_of(rows[0], i), high[i] = word_of(rows[1], i);
 #pragma unroll
         for (int n = 0; n < BLOCKS; n++) {
             uint4 x[2];
             int token = min(n * 8 + p.lane / 4, s.tokens - 1);
-            columns_of(x, s.ax_sums + token * pitch + of_lane);
+            columns_of(x, s.ax_sums + token * pitch + of_lane * 2);
             product(sums[r][n], low, high, x);
         }
     }

@@ -22,8 +22,8 @@ constexpr int ITEM = SCALE == 0 ? 1 : SCALE == 3 ? 4 : 2;
 constexpr int SCALES = ITEM * 256 / GROUP;    // scales: whole words,
 constexpr int RUN = SCALE == 0 ? 4 : 0;       // and the absmax of its nested scales
 constexpr int STAGE = SLAB * (PLANE + HIGH + SCALES + RUN);
-constexpr u32 BASE = 1024, TABLE = 0x20000;   // addresses: the first, and of 256 bytes an entry
-constexpr int ENTRIES = BITS == 3 ? 64 : 256;
+constexpr int ENTRIES = BITS == 3 ? 64 : 256;  // of the table at BASE, 256 bytes each
+constexpr u32 MAP_PITCH = BITS == 4 ? 256 : 32;  // of the map of nested scales: in half a table
 
 static_assert(SCALES >= 4, "the scales of 256 columns are less than a word");
 
@@ -40,12 +40,12 @@ template <int PITCH> __device__ __forceinline__ u32 placed(int row, int at) {
 
 // The levels of byte PLACE of `codes` in this lane's banks.
 template <int PLACE> __device__ __forceinline__ u32 look_up(u32 codes, u32 bank) {
-    return fixed_word(permute(codes, bank, 0x7604 | PLACE << 4));
+    return table_word(permute(codes, bank, 0x7604 | PLACE << 4));
 }
 template <int PLACE> __device__ __forceinline__ uint2 look_up_four(u32 codes, u32 bank) {
-    return fixed_words(permute(codes, bank, 0x7604 | PLACE << 4));
+    return table_words(permute(codes, bank, 0x7604 | PLACE << 4));
 }
-__device__ __forceinline__ u32 bank_of(int lane) { return TABLE + lane * (BITS == 2 ? 8 : 4); }
+__device__ __forceinline__ u32 bank_of(int lane) { return lane * (BITS == 2 ? 8 : 4); }
 
 // Levels of the codes in a byte, once for every lane.
 __device__ __forceinline__ void fill_table(const u16 *levels, int threads) {
@@ -66,17 +66,17 @@ __device__ __forceinline__ void fill_table(const u16 *levels, int threads) {
         v.x = levels[first] | static_cast<u32>(levels[second]) << 16;
         v.y = v.z = v.w = v.x;
 #endif
-        store_words(TABLE + code * 256 + i % PIECES * 16, v);
+        store_words(BASE + code * 256 + i % PIECES * 16, v);
     }
 }
 
-// The map of nested scales, (256, 8): a copy for each row that is read at once.
+// The map of nested scales: 8 copies of each value, one for each row that is read at once.
 __device__ __forceinline__ void fill_map(u32 to, const float *map, int threads) {
     if (SCALE == 0)
         for (int i = threadIdx.x; i < 256; i += threads) {
             u32 value = __float_as_uint(map[i]);
-            store_words(to + i * 32, make_uint4(value, value, value, value));
-            store_words(to + i * 32 + 16, make_uint4(value, value, value, value));
+            store_words(to + i * MAP_PITCH, make_uint4(value, value, value, value));
+            store_words(to + i * MAP_PITCH + 16, make_uint4(value, value, value, value));
         }
 }
 
@@ -120,7 +120,7 @@ __device__ __forceinline__ float scale_of(
 #if SCALE == 0
     u32 run = shared_word(stage + SLAB * (PLANE + HIGH + SCALES) + row * 4);
     u32 code = word >> group % 4 * 8 & 255;
-    float level = __uint_as_float(fixed_word(map + lane / 4 * 4 + code * 32));
+    float level = __uint_as_float(fixed_word(map + lane / 4 * 4 + code * MAP_PITCH));
     return level * __uint_as_float(run) + offset;
 #elif SCALE == 3
     return __uint_as_float(word);

@@ -65,7 +65,7 @@ __device__ __forceinline__ void put(
             }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 few_tokens(const __grid_constant__ Arguments s) {
     let_next_start();
     if (address_of(memory) != BASE) __trap();
@@ -89,7 +89,7 @@ few_tokens(const __grid_constant__ Arguments s) {
     Unit unit(s, units.count ? units.first : 0);
     Slice slice;  // of the first unit, on its way before x is there
     if (units.count) load_a(slice, s, unit, unit.part * s.chunk, p.lane);
-    ask_b(s, p);  // these copies join the next group; a warp waits for its own before all meet
+    prefetch_b(s, p);
 #endif
     fill_table(s.levels, THREADS);
     fill_map(s.map_copies, s.map, THREADS);

@@ -40,7 +40,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in (
             "tokens", "rows", "share", "height", "rank", "chunk", "parts", "members")),
         *((name, ctypes.c_uint) for name in (
-            "unit_blocks", "ring", "sums", "map_copies", "b_rows", "ax_sums")),
+            "unit_blocks", "ring", "sums", "map_copies", "ax_sums")),
         ("levels", ctypes.c_uint16 * 16),
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def few_tokens(
     with torch.cuda.device_of(x):
         kernel(f"{name}.cu", name, definitions, x.device)(
             (work.blocks(plan.share), 1, 1), plan.launch.warps * 32, (arguments,),
-            shared=room(x.device)[1], overlap=capturing if overlap is None else overlap,
+            shared=plan.shared, overlap=capturing if overlap is None else overlap,
         )  # fmt: skip
     return y
 

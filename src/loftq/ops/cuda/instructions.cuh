@@ -7,6 +7,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+constexpr u32 BASE = 1024;         // the first address of dynamic shared memory
 constexpr int PATIENCE = 1 << 14;  // looks at a counter, about a microsecond each
 
 __device__ __forceinline__ float half_to_float(u32 half) {
@@ -53,9 +54,14 @@ __device__ __forceinline__ u32 fixed_word(u32 at) {
     asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
     return v;
 }
-__device__ __forceinline__ uint2 fixed_words(u32 at) {
+__device__ __forceinline__ u32 table_word(u32 at) {  // from BASE on
+    u32 v;
+    asm("ld.shared.u32 %0, [%1 + 1024];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ uint2 table_words(u32 at) {
     uint2 v;
-    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    asm("ld.shared.v2.u32 {%0, %1}, [%2 + 1024];" : "=r"(v.x), "=r"(v.y) : "r"(at));
     return v;
 }
 __device__ __forceinline__ u32 shared_word(u32 at) {
@@ -94,6 +100,10 @@ template <int BYTES> __device__ __forceinline__ void copy_async(u32 to, const u8
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int LEFT> __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const u8 *p) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }
 
 // Numbers that other blocks of the launch write.

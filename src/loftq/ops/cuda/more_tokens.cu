@@ -73,7 +73,7 @@ template <bool ADD> __device__ __forceinline__ void put(
             }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 more_tokens(const __grid_constant__ Arguments s) {
     let_next_start();
     if (address_of(memory) != BASE) __trap();
@@ -92,7 +92,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     ask_weights(0);
 #if RANKED
     const OwnUnits units(s, p);
-    ask_b(s, p);
+    prefetch_b(s, p);
 #endif
     fill_table(s.levels, THREADS);
     fill_map(s.map_copies, s.map, THREADS);

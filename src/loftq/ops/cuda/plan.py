@@ -15,7 +15,8 @@ from loftq.ops.few_tokens import Member
 from loftq.ops.reference import SCALE_DTYPES
 
 TILE = 256  # columns
-BASE, TABLE = 1024, 0x20000  # of shared memory: the first address, the table's (decode.cuh)
+BASE = 1024  # the first address of shared memory, where the table begins (decode.cuh)
+RESERVED = 1024  # bytes of shared memory that every block after the first costs beside its own
 MOST_WAVES = 3  # times as many blocks as multiprocessors
 
 
@@ -80,6 +81,10 @@ class Launch(Protocol):
         """Warps of a block."""
 
     @property
+    def resident(self) -> int:
+        """Blocks that share a multiprocessor, of this launch or of the next one."""
+
+    @property
     def slab(self) -> int:
         """Rows that are decoded together: 16 or 32."""
 
@@ -104,6 +109,8 @@ class FewTokens:
     """Tiles of a warp on their way."""
     tokens: int = 8
     """The most: 8 or 16."""
+    resident: int = 1
+    """Blocks that share a multiprocessor: with 2, the next launch fetches while this one ends."""
 
     source = "few_tokens"
 
@@ -111,7 +118,7 @@ class FewTokens:
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
             ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
-            ("AHEAD", self.ahead),
+            ("AHEAD", self.ahead), ("RESIDENT", self.resident),
         )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
@@ -133,7 +140,7 @@ class MoreTokens:
     tokens: int
     """The most: 32 or 64."""
 
-    source, slab = "more_tokens", 32
+    source, slab, resident = "more_tokens", 32, 1
 
     @property
     def warps(self) -> int:
@@ -141,7 +148,12 @@ class MoreTokens:
 
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
-        return (("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens))
+        return (
+            ("WARPS", self.warps),
+            ("SLAB", self.slab),
+            ("TOKENS", self.tokens),
+            ("RESIDENT", 1),
+        )
 
     def fits(self, work: Work, share: int) -> bool:
         return work.tokens <= self.tokens and share <= self.slabs * self.slab
@@ -159,9 +171,12 @@ class Plan:
     launch: Launch
     share: int
     places: dict[str, int]
+    shared: int
+    """Bytes of shared memory."""
 
 
 LAUNCHES: tuple[Launch, ...] = (
+    FewTokens(warps=8, slab=32, ahead=1, resident=2),
     FewTokens(warps=16, slab=32, ahead=1),
     FewTokens(warps=8, slab=32, ahead=2),
     FewTokens(warps=16, slab=16, ahead=1),
@@ -181,30 +196,23 @@ def plan_of(work: Work, device: torch.device, launches: tuple[Launch, ...]) -> P
         for launch in launches:
             if not launch.fits(work, share):
                 continue
-            needs = {**launch.needs(work, share), **_common_needs(work, share)}
-            if places := place(needs, work.bits, shared):
-                return Plan(launch, share, {"sums": places["ring"], **places})
+            places, end = place(work, launch.needs(work, share))
+            if end - BASE <= (shared - RESERVED * (launch.resident - 1)) // launch.resident:
+                return Plan(launch, share, {"sums": places["ring"], **places}, end - BASE)
     return None
 
 
-def _common_needs(work: Work, share: int) -> dict[str, int]:
-    pitch = -(-work.rank // 64) * 128 + 16  # rank_pitch of adapters.cuh
-    return {
-        "map_copies": 8192 if work.scale_coding == "dq" else 0,
-        "b_rows": share * pitch if work.rank else 0,
-        "ax_sums": work.tokens * pitch if work.rank else 0,
+def place(work: Work, needs: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Addresses behind the table for what every launch needs and for `needs`, and their end."""
+    nested, table = work.scale_coding == "dq", 256 * (64 if work.bits == 3 else 256)
+    needs = {
+        **needs,
+        "map_copies": 8192 if nested and work.bits != 4 else 0,
+        "ax_sums": work.tokens * (-(-work.rank // 64) * 128 + 16) if work.rank else 0,
     }
-
-
-def place(needs: dict[str, int], bits: int, shared: int) -> dict[str, int] | None:
-    """Addresses for `needs` bytes each, before and behind the table; None if they do not fit."""
-    free = {BASE: TABLE, TABLE + 256 * (64 if bits == 3 else 256): BASE + shared}
-    places = {}
-    for name, size in sorted(needs.items(), key=lambda item: -item[1]):
-        whole = -(-size // 128) * 128
-        start = next((at for at, end in free.items() if end - at >= whole), None)
-        if start is None:
-            return None
-        places[name] = start
-        free[start + whole] = free.pop(start)
-    return places
+    places, end = {}, BASE + table
+    for name, size in needs.items():
+        places[name], end = end, end + -(-size // 128) * 128
+    if work.bits == 4:
+        places["map_copies"] = BASE + 128  # an entry of the table takes half of its 256 bytes
+    return places, end

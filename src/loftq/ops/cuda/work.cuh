@@ -1,6 +1,7 @@
 // The work of a launch of y = x W^T (+ adapters), and which of it is whose.
 //
-// Definitions: those of decode.cuh, WARPS of a block, TOKENS (the most, a multiple of 8), RANKED.
+// Definitions: those of decode.cuh, WARPS of a block, RESIDENT blocks of a
+// multiprocessor, TOKENS (the most, a multiple of 8), RANKED.
 #pragma once
 
 #include "decode.cuh"
@@ -23,7 +24,7 @@ struct Arguments {
     int tokens, rows, share, height;
     int rank, chunk, parts, members;
     u32 unit_blocks;   // blocks that surely start first: they have the units
-    u32 ring, sums, map_copies, b_rows, ax_sums;  // addresses in shared memory
+    u32 ring, sums, map_copies, ax_sums;  // addresses in shared memory
     u16 levels[16];
 };
 
