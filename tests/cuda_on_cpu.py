@@ -1,4 +1,4 @@
-"""Runs the CUDA sources of loftq.ops.cuda on the CPU, one thread of g++'s for each of the GPU's.
+"""Runs the CUDA sources of loftq.ops.cuda on the CPU, the threads of a block taking turns.
 
 Instructions that C++ has no word for are replaced (cuda_on_cpu_sources/instructions.cuh); indexing,
 decoding, the order of operands and the sums are the source's own.
@@ -44,6 +44,6 @@ class Compiler:
             shutil.copy(str(files("loftq.ops.cuda") / file), folder)
         flags = [f"-D{key}={value}" for key, value in definitions]
         flags += [f'-DSOURCE="{source}"', f"-DNAME={name}"]
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *flags]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", *flags]
         subprocess.run([*command, "entry.cc", "-o", "kernels.so"], cwd=folder, check=True)
         return ctypes.CDLL(str(folder / "kernels.so"))

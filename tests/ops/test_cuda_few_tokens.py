@@ -58,13 +58,14 @@ def check(y, made, adapter):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[3]}")
 def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch):
-    dtype = (torch.bfloat16, torch.float16)[CASES.index(case) % 2]
+    number = CASES.index(case)
+    dtype = (torch.bfloat16, torch.float16)[number % 2]
     monkeypatch.setattr(module, "kernel", compiler)
     for user in (module, plan):
         monkeypatch.setattr(user, "room", lambda device: ROOM)
     *shape, launch = case
     made = problems(*shape, dtype, "cpu", rank=24)
-    for adapter in (None, dtype, torch.float32):
+    for adapter in (None, torch.float32 if number % 3 else dtype):
         y = few_tokens(made[0].x, members(made, adapter), launch=launch, overlap=False)
         check(y, made, adapter is not None)
 
