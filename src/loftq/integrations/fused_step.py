@@ -19,7 +19,8 @@ from loftq.integrations.inference import active_adapter, why_not_folded
 from loftq.nn import QuantLinear
 from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap
-from loftq.ops.groups import Member, linears
+from loftq.ops.few_tokens import Member
+from loftq.ops.groups import linears
 
 MOST_QUERIES = 16  # query heads of one key head: rows of the attention kernel
 
