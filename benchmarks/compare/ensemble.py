@@ -207,7 +207,7 @@ def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def is_factor(name: str) -> bool:
     """Whether a tensor is A or B of an adapter."""
-    return "lora_" in name
+    return "lora_" in name or "stacked_" in name
 
 
 def held(model: torch.nn.Module) -> int:
