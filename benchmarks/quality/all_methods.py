@@ -51,7 +51,6 @@ DEFAULT = (
     "cloq", "projq", "srr", "corda", "fast", "best",
 )  # fmt: skip
 FORMATS = ("int2-g64-dq", "int3-g64-dq", "nf4-g64-dq")
-PUBLISHED = {"int2-g64-dq": "nf2-g64-dq", "int3-g64-dq": "nf3-g64-dq"}  # LoftQ's grids
 REFERENCE, STATISTICS = "reference", "statistics"
 
 
@@ -166,9 +165,9 @@ def tuning(row: str, seed: int) -> str:
 
 
 def rows_of(args: argparse.Namespace) -> list[str]:
-    """All methods in all formats and ranks; LoftQ as published keeps to its own grids."""
+    """All methods in all formats and ranks; LoftQ as published keeps to its own grid."""
     return [
-        f"{method}:{PUBLISHED.get(name, name) if method == 'loftq-paper' else name}:{rank}"
+        f"{method}:{name.replace('int', 'nf') if method == 'loftq-paper' else name}:{rank}"
         for rank in args.ranks
         for name in args.formats
         for method in args.methods
