@@ -56,8 +56,8 @@ def refit_scales(
     if pulled is None:
         pulled = (W - rounded.decode()).to(gram.dtype) @ gram
     if W.is_cuda and _fits_at_once(units, size) and spec.group_size != PER_TENSOR:
-        step = _step(*equations_at_once(pulled, gram, units, size), ridge)
-        return _unless_far(old + step, old)
+        moved = _step(*equations_at_once(pulled, gram, units, size), ridge)
+        return _unless_far((old + moved).to(old.dtype), old)
     for i, H in enumerate(gram):
         if spec.group_size == PER_TENSOR:
             M, c = (x.sum(0, keepdim=True) for x in _equations(pulled[i], H, units[i], size))
