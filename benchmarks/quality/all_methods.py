@@ -118,7 +118,7 @@ class Bench:
         """Tune a start and score it again."""
         begin = time.perf_counter()
         adapted = replaced(self.model, self._starts(row, seed))
-        tune(adapted.train(), self.tuning_ids, seed, capture=self.args.capture)
+        tune(adapted.train(), self.tuning_ids, seed)
         tuned = time.perf_counter() - begin
         return self._told({"after": self.score(adapted.eval()), "tune_s": tuned})
 
@@ -184,7 +184,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=(16, 64))
     parser.add_argument("--rows", nargs="+", help="instead of --methods, --formats and --ranks")
     parser.add_argument("--tuned", nargs="+", help="rows to tune; default all with --tune")
-    parser.add_argument("--capture", action="store_true", help="tune by replaying a CUDA graph")
     parser.add_argument("--processes", type=int, default=1, help="on this GPU")
     parser.add_argument("--refine-text", type=Path, help="for max; default --calibrate")
     parser.add_argument("--refine-windows", type=int, default=128, help="of --refine-text")
