@@ -136,8 +136,8 @@ class Bench:
         if self.args.device.startswith("cuda"):  # what threads and streams kept is for others
             torch.cuda.empty_cache()
         machine = describe_machine(self.args.device)
-        machine["commit"] = machine["commit"] or self.args.commit
-        return row | {"machine": machine}
+        told = {"commit": self.args.commit or machine["commit"] or "unknown"}
+        return row | {"machine": machine | told}
 
 
 def jobs(bench: Bench) -> list[Job]:
@@ -187,7 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="on this GPU")
     parser.add_argument("--refine-text", type=Path, help="for max; default --calibrate")
     parser.add_argument("--refine-windows", type=int, default=128, help="of --refine-text")
-    parser.add_argument("--commit", default="unknown", help="of the code, where git is not there")
+    parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--retry", action="store_true", help="do again what failed")
     parser.add_argument("--table", action="store_true", help="show what is there")
     args = parser.parse_args()
