@@ -9,11 +9,12 @@
     python benchmarks/quality/all_methods.py FOLDER MODEL ... --table
 
 Rows are those of calibrated.py, METHOD:FORMAT:RANK[:KEY=VALUE...], by default all --methods in all
---formats and --ranks; --rows replaces them. A method that gradients refine (`max`) goes the way of
-refined.py. Statistics are taken once, a start is solved once and tuned with every seed. Any number
-of processes may work on one FOLDER, on several GPUs too, and the same command goes on after a stop
-(--seconds). Every row says commit, GPU and versions. With --pairs the model is an encoder: Spearman
-correlation on STS-B without any training, and by how much its sentence embeddings have moved.
+--formats and --ranks; --rows replaces them. A start that gradients refine (`max`, or a method with
+refinement=distill) goes the way of refined.py. Statistics are taken once, a start is solved once
+and tuned with every seed. Any number of processes may work on one FOLDER, on several GPUs too, and
+the same command goes on after a stop (--seconds). Every row says commit, GPU and versions. With
+--pairs the model is an encoder: Spearman correlation on STS-B without any training, and by how much
+its sentence embeddings have moved.
 """
 
 from __future__ import annotations
@@ -99,9 +100,7 @@ class Bench:
 
     def start(self, row: str) -> dict[str, Any]:
         """Solve a row, score it, and keep its start if it is to be tuned."""
-        method = row.split(":")[0]
-        if method in METHODS and METHODS[method].refined:
-            refinement = f"{row}:{METHODS[method].refinement}"
+        if (refinement := refinement_of(row)) is not None:
             found, starts = refined.refined(self.args, refinement, self.source)
             found |= {"before": self.score(replaced(self.model, starts)), "row": row}
         else:
@@ -164,6 +163,18 @@ def tuning(row: str, seed: int) -> str:
     return f"{row}:tuned-{seed}"
 
 
+def refinement_of(row: str) -> str | None:
+    """The same in the words of refined.py, where gradients work on the start; else None."""
+    method, name, rank, *more = row.split(":")
+    chosen = dict(pair.split("=") for pair in more)
+    asked = chosen.pop("refinement", None)
+    if method.startswith("lora") or (asked is None and not METHODS[method].refined):
+        return None
+    if chosen:
+        raise ValueError(f"{row}: takes refinement and no other choice.")
+    return f"{method}:{name}:{rank}:{asked or METHODS[method].refinement}"
+
+
 def rows_of(args: argparse.Namespace) -> list[str]:
     """All methods in all formats and ranks; LoftQ as published keeps to its own grid."""
     return [
@@ -194,6 +205,9 @@ def arguments() -> argparse.Namespace:
     if (args.data is None) == (args.pairs is None):
         parser.error("one of --data (a language model) and --pairs (an encoder) is needed")
     args.rows = args.rows or rows_of(args)
+    unknown = {row.split(":")[0] for row in args.rows} - METHODS.keys() - {"lora"}
+    if unknown:
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     args.tuned = (args.tuned or args.rows) if args.tune is not None else []
     args.statistics = args.statistics or str(args.folder / STATISTICS)
     args.work = args.folder / "packed"
