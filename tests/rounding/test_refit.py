@@ -79,3 +79,17 @@ def test_equations_of_a_stack_are_those_of_each_weight(size):
         torch.testing.assert_close(M[i].tril(), lower, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(M[i], M[i].mT, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(c[i], own, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_refits_all_groups_at_once_to_the_same_scales():
+    W, spec = weights(), parse_format("int2-g64-f32")
+    rounded, _ = Gptq(grams(), spec, fit="mse", damping=0.01)(W)
+    H = damped(grams(), 0.01).float()
+    there = type(rounded)(spec, *(x.cuda() for x in (rounded.codes, rounded.scales, rounded.zeros)))
+    torch.testing.assert_close(
+        refit_scales(W.cuda(), H.cuda(), there).cpu(),
+        refit_scales(W, H, rounded),
+        rtol=1e-3,
+        atol=1e-4,
+    )
