@@ -9,11 +9,12 @@
     python benchmarks/quality/all_methods.py FOLDER MODEL ... --table
 
 Rows are those of calibrated.py, METHOD:FORMAT:RANK[:KEY=VALUE...], by default all --methods in all
---formats and --ranks; --rows replaces them. A method that gradients refine (`max`) goes the way of
-refined.py. Statistics are taken once, a start is solved once and tuned with every seed. Any number
-of processes may work on one FOLDER, on several GPUs too, and the same command goes on after a stop
-(--seconds). Every row says commit, GPU and versions. With --pairs the model is an encoder: Spearman
-correlation on STS-B without any training, and by how much its sentence embeddings have moved.
+--formats and --ranks; --rows replaces them. A start that gradients refine (`max`, or a method with
+refinement=distill) goes the way of refined.py. Statistics are taken once, a start is solved once
+and tuned with every seed. Any number of processes may work on one FOLDER, on several GPUs too, and
+the same command goes on after a stop (--seconds). Every row says commit, GPU and versions. With
+--pairs the model is an encoder: Spearman correlation on STS-B without any training, and by how much
+its sentence embeddings have moved.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ DEFAULT = (
     "cloq", "projq", "srr", "corda", "fast", "best",
 )  # fmt: skip
 FORMATS = ("int2-g64-dq", "int3-g64-dq", "nf4-g64-dq")
-PUBLISHED = {"int2-g64-dq": "nf2-g64-dq", "int3-g64-dq": "nf3-g64-dq"}  # LoftQ's grids
 REFERENCE, STATISTICS = "reference", "statistics"
 
 
@@ -100,9 +100,7 @@ class Bench:
 
     def start(self, row: str) -> dict[str, Any]:
         """Solve a row, score it, and keep its start if it is to be tuned."""
-        method = row.split(":")[0]
-        if method in METHODS and METHODS[method].refined:
-            refinement = f"{row}:{METHODS[method].refinement}"
+        if (refinement := refinement_of(row)) is not None:
             found, starts = refined.refined(self.args, refinement, self.source)
             found |= {"before": self.score(replaced(self.model, starts)), "row": row}
         else:
@@ -119,7 +117,7 @@ class Bench:
         """Tune a start and score it again."""
         begin = time.perf_counter()
         adapted = replaced(self.model, self._starts(row, seed))
-        tune(adapted.train(), self.tuning_ids, seed, capture=self.args.capture)
+        tune(adapted.train(), self.tuning_ids, seed)
         tuned = time.perf_counter() - begin
         return self._told({"after": self.score(adapted.eval()), "tune_s": tuned})
 
@@ -137,8 +135,8 @@ class Bench:
         if self.args.device.startswith("cuda"):  # what threads and streams kept is for others
             torch.cuda.empty_cache()
         machine = describe_machine(self.args.device)
-        machine["commit"] = machine["commit"] or self.args.commit
-        return row | {"machine": machine}
+        told = {"commit": self.args.commit or machine["commit"] or "unknown"}
+        return row | {"machine": machine | told}
 
 
 def jobs(bench: Bench) -> list[Job]:
@@ -165,10 +163,22 @@ def tuning(row: str, seed: int) -> str:
     return f"{row}:tuned-{seed}"
 
 
+def refinement_of(row: str) -> str | None:
+    """The same in the words of refined.py, where gradients work on the start; else None."""
+    method, name, rank, *more = row.split(":")
+    chosen = dict(pair.split("=") for pair in more)
+    asked = chosen.pop("refinement", None)
+    if method.startswith("lora") or (asked is None and not METHODS[method].refined):
+        return None
+    if chosen:
+        raise ValueError(f"{row}: takes refinement and no other choice.")
+    return f"{method}:{name}:{rank}:{asked or METHODS[method].refinement}"
+
+
 def rows_of(args: argparse.Namespace) -> list[str]:
-    """All methods in all formats and ranks; LoftQ as published keeps to its own grids."""
+    """All methods in all formats and ranks; LoftQ as published keeps to its own grid."""
     return [
-        f"{method}:{PUBLISHED.get(name, name) if method == 'loftq-paper' else name}:{rank}"
+        f"{method}:{name.replace('int', 'nf') if method == 'loftq-paper' else name}:{rank}"
         for rank in args.ranks
         for name in args.formats
         for method in args.methods
@@ -185,17 +195,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=(16, 64))
     parser.add_argument("--rows", nargs="+", help="instead of --methods, --formats and --ranks")
     parser.add_argument("--tuned", nargs="+", help="rows to tune; default all with --tune")
-    parser.add_argument("--capture", action="store_true", help="tune by replaying a CUDA graph")
     parser.add_argument("--processes", type=int, default=1, help="on this GPU")
     parser.add_argument("--refine-text", type=Path, help="for max; default --calibrate")
     parser.add_argument("--refine-windows", type=int, default=128, help="of --refine-text")
-    parser.add_argument("--commit", default="unknown", help="of the code, where git is not there")
+    parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--retry", action="store_true", help="do again what failed")
     parser.add_argument("--table", action="store_true", help="show what is there")
     args = parser.parse_args()
     if (args.data is None) == (args.pairs is None):
         parser.error("one of --data (a language model) and --pairs (an encoder) is needed")
     args.rows = args.rows or rows_of(args)
+    unknown = {row.split(":")[0] for row in args.rows} - METHODS.keys() - {"lora"}
+    if unknown:
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     args.tuned = (args.tuned or args.rows) if args.tune is not None else []
     args.statistics = args.statistics or str(args.folder / STATISTICS)
     args.work = args.folder / "packed"
