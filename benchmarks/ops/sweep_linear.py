@@ -28,8 +28,11 @@ from loftq.ops.triton.linear import small_linear
 
 def launches(tokens: int) -> Iterator[Launch]:
     """Launches of the CUDA product around its defaults."""
+    if tokens > 8:
+        most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+        for slabs, slab in ((3, 32), (2, 32), (2, 16), (3, 16), (1, 32)):
+            yield MoreTokens(slabs=slabs, slab=slab, tokens=most)
     if tokens > 16:
-        yield from (MoreTokens(slabs=n, tokens=32 if tokens <= 32 else 64) for n in (1, 2, 3))
         return
     most = 8 if tokens <= 8 else 16
     shapes = [

@@ -24,7 +24,7 @@ CASES = (
     ("sint2-g256-f32", (20,), 512, 5, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf4", (60, 21), 256, 17, MoreTokens(slabs=1, tokens=32)),
     ("nf3", (40,), 512, 64, MoreTokens(slabs=1, tokens=64)),
-    ("nf2-bf16", (80,), 768, 33, MoreTokens(slabs=2, tokens=64)),
+    ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
 )  # fmt: skip
 
 

@@ -2,46 +2,43 @@
 
 Launches that may run at the same time need pairs of their own. A launch outside of a graph takes
 the next of a ring, which comes round after so many launches that the last user is over. One that
-is captured keeps its pair for ever, because the graph may be replayed beside anything.
+is captured keeps its pair for ever, because the graph may be replayed beside anything; when these
+are used up, its graph sets a pair to zero each time.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 ROUND, KEPT = 4096, 65536  # pairs for launches outside of graphs; pairs for captured ones
-BYTES = 8
 
 
 class _Pool:
     def __init__(self, device: torch.device) -> None:
-        self.memory = torch.zeros(2 * (ROUND + KEPT), dtype=torch.int32, device=device)
-        self.turn = self.kept = 0
-
-    def take(self, keep: bool) -> int:
-        if keep:
-            self.kept += 1
-            if self.kept > KEPT:
-                raise RuntimeError(f"more than {KEPT} products were captured into CUDA graphs.")
-            return self.memory.data_ptr() + BYTES * (ROUND + self.kept - 1)
-        self.turn = (self.turn + 1) % ROUND
-        return self.memory.data_ptr() + BYTES * self.turn
+        self.pairs = torch.zeros(ROUND + KEPT, 2, dtype=torch.int32, device=device)
+        self.turn, self.kept = 0, 0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams find zeros
 
 
 _pools: dict[torch.device, _Pool] = {}
 
 
-def counters(device: torch.device, capturing: bool) -> int:
-    """Address of a pair of 32-bit counters, both 0; `capturing` into a graph: never given again.
+def counters(device: torch.device, capturing: bool) -> Tensor:
+    """Two int32 counters, both 0.
 
-    Raises:
-        RuntimeError: the first call for a device is made while capturing (the zeros would be
-            written by each replay only), or too many were captured.
+    Args:
+        device: of the launch.
+        capturing: into a CUDA graph.
     """
-    if device not in _pools:
-        if capturing:
-            raise RuntimeError("run the product once before it is captured into a CUDA graph.")
-        _pools[device] = _Pool(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return _pools[device].take(capturing)
+    pool = _pools.get(device)
+    if capturing and (pool is None or pool.kept == KEPT):
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    if pool is None:
+        pool = _pools[device] = _Pool(device)
+    if capturing:
+        pool.kept += 1
+        return pool.pairs[ROUND + pool.kept - 1]
+    pool.turn = (pool.turn + 1) % ROUND
+    return pool.pairs[pool.turn]

@@ -109,7 +109,8 @@ def few_tokens(
     if work.rank:
         shape = (len(members), arguments.parts, work.tokens, work.rank)
         ax = torch.empty(shape, dtype=torch.float32, device=x.device)
-        arguments.ax, arguments.counts = ax.data_ptr(), counters(x.device, capturing)
+        counts = counters(x.device, capturing)
+        arguments.ax, arguments.counts = ax.data_ptr(), counts.data_ptr()
     definitions = (
         ("BITS", work.bits), ("HALF", int(x.dtype == torch.float16)), ("GROUP", work.group_size),
         ("SCALE", SCALES[work.scale_coding]), ("RANKED", work.adapter_bytes),

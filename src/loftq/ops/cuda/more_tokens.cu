@@ -1,20 +1,19 @@
 // y = x W^T + s (x A^T) B^T for 17 to 64 tokens and up to three weights, from the packed bytes.
 //
 // Bounds: reading x, which every block of `share` rows reads once, from the L2 cache, and shared
-// memory, where 32 rows of a warp meet 64 columns of all tokens. So here
-// - a block of SLABS slabs of 32 rows goes through the columns in step: a tile of 256 columns of x
+// memory, where SLAB rows of a warp meet 64 columns of all tokens. So here
+// - a block of SLABS slabs goes through the columns in step: a tile of 256 columns of x
 //   and its weights' are in shared memory while the next one is on its way;
 // - warp (slab, g) has columns 64 g .. 64 g + 63 of every tile, decodes them once for all tokens,
 //   and the four sums of a slab are added up at the end, in one order.
 //
-// Definitions: those of adapters.cuh (SLAB 32, TOKENS 32 or 64, WARPS = 4 SLABS).
+// Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS).
 
 #include "adapters.cuh"
 
 constexpr int SLABS = WARPS / 4;
 constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
 constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
-static_assert(SLAB == 32, "a warp decodes 32 rows");
 
 // The next tile of x, by the warps that ask for no weights.
 __device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p, int tile) {
@@ -28,12 +27,12 @@ __device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p
 }
 
 __device__ __forceinline__ void compute(
-    float sums[2][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p, int g,
+    float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p, int g,
     float offset, u32 bank) {
-    u32 low[2][8], high[2][8];
-    float scale[2][2];
+    u32 low[SLAB / 16][8], high[SLAB / 16][8];
+    float scale[SLAB / 16][2];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < SLAB / 16; r++) {
         decode(stage, 2 * r, g, bank, p.lane, low[r]);
         decode(stage, 2 * r + 1, g, bank, p.lane, high[r]);
 #pragma unroll
@@ -46,7 +45,7 @@ __device__ __forceinline__ void compute(
         int token = min(n * 8 + p.lane / 4, s.tokens - 1);  // the others' sums are not looked at
         columns_of(x, x_stage + token * PITCH + g * 128 + p.lane % 4 * 32);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int r = 0; r < SLAB / 16; r++) {
             float part[4] = {};
             product(part, low[r], high[r], x);
 #pragma unroll
@@ -57,10 +56,10 @@ __device__ __forceinline__ void compute(
 
 // Sums of warp (slab, g) into shared memory, or added to what it put there, (4, tokens, share).
 template <bool ADD> __device__ __forceinline__ void put(
-    float *all, const float sums[2][BLOCKS][4], const Arguments &s, const Place &p, int slab,
+    float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p, int slab,
     int g) {
 #pragma unroll
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < SLAB / 16; r++)
 #pragma unroll
         for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
@@ -104,7 +103,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     if (units.count) compute_units(s, units.first, units.step, p.lane);
     units.done(s, p.lane);
 #endif
-    float sums[2][BLOCKS][4] = {};
+    float sums[SLAB / 16][BLOCKS][4] = {};
     u32 bank = bank_of(p.lane);
     for (int tile = 0; tile < p.tiles; tile++) {
         wait_copies<0>();
@@ -123,7 +122,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     wait_for_units(s, p);
     add_units(s, p);
     for (int at = g * 64; at < s.rank; at += 256) {
-        float more[2][BLOCKS][4] = {};
+        float more[SLAB / 16][BLOCKS][4] = {};
         add_adapter(more, s, p, slab, at);
         put<true>(all, more, s, p, slab, g);
     }

@@ -136,11 +136,12 @@ class MoreTokens:
     """more_tokens.cu: 17 to 64 tokens, x read once by a block."""
 
     slabs: int
-    """Of 32 rows each in a block, four warps for each."""
+    """Of a block, four warps for each."""
     tokens: int
-    """The most: 32 or 64."""
+    """The most: 16, 32 or 64."""
+    slab: int = 32
 
-    source, slab, resident = "more_tokens", 32, 1
+    source, resident = "more_tokens", 1
 
     @property
     def warps(self) -> int:
@@ -181,8 +182,11 @@ LAUNCHES: tuple[Launch, ...] = (
     FewTokens(warps=8, slab=32, ahead=2),
     FewTokens(warps=16, slab=16, ahead=1),
     *(FewTokens(warps=16, slab=16, ahead=ahead, tokens=16) for ahead in (3, 2, 1)),
-    MoreTokens(slabs=3, tokens=32),
-    MoreTokens(slabs=3, tokens=64),
+    *(
+        MoreTokens(slabs=slabs, slab=slab, tokens=tokens)
+        for tokens in (32, 64)
+        for slabs, slab in ((2, 16), (3, 32))
+    ),
 )
 """In the order of preference: the first that fits is taken."""
 
