@@ -74,6 +74,23 @@ def test_for_picks_a_format(loftq: Callable, model: Path) -> None:
     assert plan["choices"][0]["reason"] == "the one that vllm can hold without loss"
 
 
+def test_a_method_may_prescribe_grid_and_fit_but_not_how_tables_are_stored(
+    loftq: Callable, model: Path
+) -> None:
+    asked = ("--rank", 4, "--method", "ir-qlora", "--bits", 3, "embedding=8", "--json")
+    layers = loftq("plan", model, *asked).json["layers"]
+    found = {layer["format"]: layer["scale_fit"] for layer in layers}
+    assert found == {"int3-g64-dq": "entropy", "sint8-g64-f16": "mse"}
+
+
+def test_a_fit_that_a_format_does_not_have_is_refused_before_work(
+    loftq: Callable, model: Path
+) -> None:
+    refused = loftq("plan", model, "--rank", 4, "--method", "ir-qlora", "--format", "nf4-g64-dq")
+    assert refused.code == 1
+    assert "nf4-g64-dq has no scale_fit=entropy; choose one of absmax, mse." in refused.err
+
+
 def test_the_reasons_distinguish_defaults_from_wishes(loftq: Callable, model: Path) -> None:
     def reasons(*words: object) -> dict[str, str]:
         choices = loftq("plan", model, "--json", *words).json["choices"]

@@ -61,7 +61,7 @@ class QuantizeConfig:
     iters: int | None = None
     """Alternations T; None = the method's own."""
     scale_fit: str | None = None
-    """absmax, mse or sigma; None = the method's, else the format's default."""
+    """absmax, mse, sigma or entropy; None = the method's, else the format's default."""
     solver: str | None = None
     """chebyshev or exact; None = the method's own."""
     order: str | None = None
@@ -252,7 +252,7 @@ class QuantizeConfig:
         """What a measured allocation chooses from, the narrowest first unless named otherwise."""
         if self.candidates:
             return tuple(parse_format(name) for name in self.candidates)
-        return tuple(self._with_coding(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
+        return tuple(self._as_prescribed(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
 
     def default_format(self) -> FormatSpec:
         """Format of a layer that nothing else assigns."""
@@ -261,11 +261,11 @@ class QuantizeConfig:
         if self.engine is not None:
             return parse_format(ENGINE_FORMATS[self.engine])
         whole = int(self.bits) if self.bits == int(self.bits) else 2
-        return self._with_coding(BITS_FORMATS[whole])
+        return self._as_prescribed(BITS_FORMATS[whole])
 
     def wide_format(self) -> FormatSpec:
         """Format of the first blocks when `bits` is a fraction."""
-        return self._with_coding(BITS_FORMATS[4])
+        return self._as_prescribed(BITS_FORMATS[4])
 
     @property
     def tables(self) -> frozenset[str]:
@@ -276,9 +276,14 @@ class QuantizeConfig:
         """Format of an embedding or head that is packed without an adapter."""
         return parse_format(TABLE_FORMAT)
 
-    def _with_coding(self, name: str) -> FormatSpec:
-        spec, coding = parse_format(name), find_method(self.method).scale_coding
-        return spec if coding is None else replace(spec, scale_coding=coding)
+    def _as_prescribed(self, name: str) -> FormatSpec:
+        """The format behind a width, in the grid and coding that the method prescribes."""
+        spec, method = parse_format(name), find_method(self.method)
+        return replace(
+            spec,
+            grid=method.grid or spec.grid,
+            scale_coding=method.scale_coding or spec.scale_coding,
+        )
 
     @property
     def scaling(self) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
-from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.formats import FormatSpec, component_shapes, default_fit, fits_of, parse_format
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -277,7 +277,7 @@ def make_plan(
         PlannedLayer(
             info=info,
             spec=specs[info.module],
-            scale_fit=_fit(config, specs[info.module]),
+            scale_fit=_fit(config, info, specs[info.module]),
             seed=_seed(config.seed, info.module),
             rank=config.rank if info.adapted else 0,
         )
@@ -399,6 +399,12 @@ def _problems(
                 f"{min(info.shape)}. Lower it, or leave it out to use the rank."
             )
         spec = specs[info.module]
+        if (fit := _fit(config, info, spec)) not in fits_of(spec):
+            problems.append(
+                f"{info.module}: {spec} has no scale_fit={fit}; choose one of "
+                f"{', '.join(fits_of(spec))}. `entropy` needs the stored zero of a format such as "
+                "int4-g64, `sigma` the grids even and uniform."
+            )
         if not info.adapted and (spec.scale_coding == "dq" or spec.group_size == PER_TENSOR):
             problems.append(
                 f"{info.module}: {spec} stores scales over several rows, and a table without an "
@@ -456,12 +462,14 @@ def _load(layer: PlannedLayer, gram: bool) -> int:
     return layer.weights + (GRAM_LOAD * layer.info.shape[1] ** 2 if gram else 0)
 
 
-def _fit(config: QuantizeConfig, spec: FormatSpec) -> str:
+def _fit(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> str:
     if config.scale_fit is not None:
         return config.scale_fit
     method_fit = config.resolved_method().scale_fit
     if method_fit == "absmax" and spec.grid in ("even", "uniform"):
         return "sigma"  # the papers' rule for these grids
+    if not info.adapted and method_fit not in fits_of(spec):
+        return default_fit(spec)  # a method does not prescribe how tables are stored
     return method_fit or default_fit(spec)
 
 
