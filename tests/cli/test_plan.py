@@ -199,6 +199,26 @@ def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -
     assert "expert tensors: cannot be packed yet" in allowed.out
 
 
+def test_ranks_are_read_as_numbers_and_shown_beside_the_bits(
+    loftq: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOFTQ_CACHE", str(tmp_path / "cache"))
+    asked = ("plan", model, "--rank", 4, "--bits", 3.5, "--allocation", "error", "--measure",
+             "ranks=2,4,8", "candidates=nf2,nf3")  # fmt: skip
+    answer = loftq(*asked)
+    assert answer.code == 0, answer.err
+    for words in ("bits/rank of each", "3/8", "16-bit adapters included", "least error cost, layer",
+                  "nf3-g64-dq at rank 2"):  # fmt: skip
+        assert words in answer.out
+    found = loftq(*asked, "--json").json
+    assert {layer["rank"] for layer in found["layers"]} == set(
+        found["allocation"]["ranks"].values()
+    )
+    refused = loftq("plan", model, "--allocation", "error", "ranks=2,many")
+    assert refused.code == 2
+    assert "expected whole numbers" in refused.err
+
+
 def test_a_measured_allocation_is_shown_beside_its_rivals(
     loftq: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ class Plan:
             "machine": _machine(self.device),
             "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
             "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
+            "ranks": {layer.info.module: layer.rank for layer in self.layers},
             "statistics": self.calibration.fingerprint if self.calibration else "",
         }
 
@@ -235,6 +236,11 @@ class Plan:
         return 1 if busy else SOLVED_AT_ONCE
 
     @property
+    def largest_rank(self) -> int:
+        """Of the adapters."""
+        return max(layer.rank for layer in self.layers)
+
+    @property
     def adapter_parameters(self) -> int:
         """Parameters of all LoRA factors."""
         return sum(adapter_parameters(layer.info, layer.rank) for layer in self.layers)
@@ -273,13 +279,14 @@ def make_plan(
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise PlanError("\n".join([*problems[:SHOWN], *more]))
+    ranks = choice.ranks if choice else {}
     layers = tuple(
         PlannedLayer(
             info=info,
             spec=specs[info.module],
             scale_fit=_fit(config, info, specs[info.module]),
             seed=_seed(config.seed, info.module),
-            rank=config.rank if info.adapted else 0,
+            rank=ranks.get(info.module, config.rank) if info.adapted else 0,
         )
         for info in layout.layers
     )
@@ -479,11 +486,12 @@ def _seed(seed: int, module: str) -> int:
 
 
 def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tuple[Batch, ...]:
-    """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
+    """Layers of one shape, format, kind and rank, in model order, cut at `limit` weights."""
     groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
     for layer in layers:
-        key: tuple[object, ...] = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
-        key += () if layer.rank else (layer.info.module,)  # a large table is a batch of its own
+        info = layer.info
+        key: tuple[object, ...] = (info.shape, layer.spec, layer.scale_fit, info.kind, layer.rank)
+        key += () if layer.rank else (info.module,)  # a large table is a batch of its own
         runs = groups.setdefault(key, [[]])
         if runs[-1] and (len(runs[-1]) + 1) * _load(layer, gram) > limit:
             runs.append([])
@@ -498,7 +506,8 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tup
 def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
     """Batches in the order of the forward; each is solved with all before it quantized.
 
-    A batch holds neighbours of one block, module, shape and format, as queries, keys and values.
+    A batch holds neighbours of one block, module, shape, format and rank, as queries, keys and
+    values.
     The output of an attention reads what comes of those, whatever its shape, so it starts anew.
     """
     order = sorted(
@@ -507,7 +516,8 @@ def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
     runs: list[tuple[object, list[PlannedLayer]]] = []
     for layer in order:
         parent, _, name = layer.info.module.rpartition(".")
-        key = (parent, layer.info.shape, layer.spec, layer.scale_fit, name in OUTPUTS)
+        shape, rank = layer.info.shape, layer.rank
+        key = (parent, shape, layer.spec, layer.scale_fit, rank, name in OUTPUTS)
         if not runs or runs[-1][0] != key:
             runs.append((key, []))
         runs[-1][1].append(layer)
