@@ -98,7 +98,7 @@ class QuantizeConfig:
     design_rank: int | None = None
     """Rank of the correction that `projq` rounds for; None = that of the adapter."""
     refine: str | None = None
-    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill or
+    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill, natural or
     block-distill, which need text; None = the method's own."""
     refine_epochs: float | None = None
     """Passes over the text in each stage of the refinement; None = its own, 0 = keep the start."""
