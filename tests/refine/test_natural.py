@@ -5,7 +5,7 @@ import torch
 
 from loftq.lowrank import ExactSolver, LowRank, Metric, WhitenedSolver, evenly_split
 from loftq.lowrank.metrics import EigenRoot
-from loftq.refine import natural_step
+from loftq.refine import NaturalStep
 from loftq.refine.natural import DAMPING
 from tolerances import FLOAT32_SOLVE
 
@@ -44,7 +44,7 @@ def test_it_is_the_papers_equation(trust: float) -> None:
     U, s, Vt = torch.linalg.svd(Y - a * M)
     cut = (U[:, :RANK] * s[:RANK]) @ Vt[:RANK]
     expected = torch.linalg.solve(S, cut) @ torch.linalg.inv(R)
-    found = natural_step(L, G, H, Hz, trust=trust)
+    found = NaturalStep(G, H, Hz).after(L, trust=trust)
     assert size(found.product()[0] - expected) < FLOAT32_SOLVE * size(expected)
     assert found.A.shape == L.A.shape
     assert size(found.A[0] @ found.A[0].mT - found.B[0].mT @ found.B[0]) < 1e-3 * size(found.A[0])
@@ -61,7 +61,7 @@ def test_a_whole_step_on_a_quadratic_loss_ends_at_the_best_correction_under_both
     metric = Metric(EigenRoot(inputs[None], damping=0.0), EigenRoot(outputs[None], damping=0.0))
     best = WhitenedSolver(ExactSolver(RANK), metric).solve(E[None].float()).product()[0]
     for begin, gradient in ((L, G), (far, G_far)):
-        found = natural_step(begin, gradient, H, Hz, trust=1e6).product()[0]
+        found = NaturalStep(gradient, H, Hz).after(begin, trust=1e6).product()[0]
         assert size(found - best) < 20 * FLOAT32_SOLVE * size(best)
 
 
@@ -69,15 +69,15 @@ def test_no_trust_and_no_gradient_leave_the_correction_as_it_is() -> None:
     H, Hz, L = gram(IN, 0), gram(OUT, 1), start()
     G = torch.ones(OUT, IN).double()
     for found in (
-        natural_step(L, G, H, Hz, trust=0.0),
-        natural_step(L, 0 * G, H, Hz, trust=0.5),
-        natural_step(L, 0 * G, 0 * H, 0 * Hz, trust=0.5),
+        NaturalStep(G, H, Hz).after(L, trust=0.0),
+        NaturalStep(0 * G, H, Hz).after(L, trust=0.5),
+        NaturalStep(0 * G, 0 * H, 0 * Hz).after(L, trust=0.5),
     ):
         assert size(found.product()[0] - L.product()[0]) < FLOAT32_SOLVE * size(L.product()[0])
 
 
 def test_a_zero_correction_stays_zero() -> None:
     L = LowRank(torch.zeros(1, OUT, RANK), start().A)
-    found = natural_step(L, torch.ones(OUT, IN), gram(IN, 0), gram(OUT, 1), trust=0.5)
+    found = NaturalStep(torch.ones(OUT, IN), gram(IN, 0), gram(OUT, 1)).after(L, trust=0.5)
     assert size(found.product()[0]) < 1e-6
     assert torch.isfinite(found.A).all()

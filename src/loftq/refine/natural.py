@@ -22,30 +22,38 @@ from loftq.lowrank import LowRank, best_correction, evenly_split
 DAMPING = 1e-2  # of both Grams, relative to the largest eigenvalue
 
 
-def natural_step(
-    factors: LowRank, G: Tensor, H: Tensor, Hz: Tensor, *, trust: float, damping: float = DAMPING
-) -> LowRank:
-    """The correction after one step.
+class NaturalStep:
+    """Steps of one layer; its roots are made once.
 
     Args:
-        factors: L = B A, B (1, out_features, rank), A (1, rank, in_features) float32, not scaled.
         G: gradient of the loss by the weight, (out_features, in_features).
         H: E[x x^T], (in_features, in_features).
         Hz: E[g g^T], (out_features, out_features), g the gradient of the loss by an output.
-        trust: largest ||a M|| relative to ||Y||, 0 <= trust.
-        damping: of H and Hz.
-
-    Returns:
-        LowRank of the same shapes, float32, evenly split; computed in float64.
+        damping: of H and Hz, relative to the largest eigenvalue.
     """
-    R, R_inverse = _root(H, damping)
-    S, S_inverse = _root(Hz, damping)
-    Y = (S @ factors.B[0].double()) @ (factors.A[0].double() @ R)
-    M = S_inverse @ G.double() @ R_inverse
-    size = torch.linalg.matrix_norm(M).clamp_min(torch.finfo(torch.float64).tiny)
-    a = (trust * torch.linalg.matrix_norm(Y) / size).clamp(max=1)
-    step = best_correction(Y - a * M, factors.A.shape[1])
-    return evenly_split((S_inverse @ step.B.double())[None], (step.A.double() @ R_inverse)[None])
+
+    def __init__(self, G: Tensor, H: Tensor, Hz: Tensor, *, damping: float = DAMPING) -> None:
+        self.R, self.R_inverse = _root(H, damping)
+        self.S, self.S_inverse = _root(Hz, damping)
+        self.M = self.S_inverse @ G.double() @ self.R_inverse
+
+    def after(self, factors: LowRank, *, trust: float) -> LowRank:
+        """The correction L' that a step leads to from L.
+
+        Args:
+            factors: L = B A, B (1, out_features, rank), A (1, rank, in_features) float32, with s
+                in them.
+            trust: largest ||a M|| relative to ||Y||, 0 <= trust.
+
+        Returns:
+            LowRank of the same shapes, float32, evenly split; computed in float64.
+        """
+        Y = (self.S @ factors.B[0].double()) @ (factors.A[0].double() @ self.R)
+        size = torch.linalg.matrix_norm(self.M).clamp_min(torch.finfo(torch.float64).tiny)
+        a = (trust * torch.linalg.matrix_norm(Y) / size).clamp(max=1)
+        cut = best_correction(Y - a * self.M, factors.A.shape[1])
+        B, A = self.S_inverse @ cut.B.double(), cut.A.double() @ self.R_inverse
+        return evenly_split(B[None], A[None])
 
 
 def _root(H: Tensor, damping: float) -> tuple[Tensor, Tensor]:

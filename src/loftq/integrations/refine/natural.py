@@ -25,7 +25,7 @@ from loftq.integrations.refine.student import Student, pieces_of
 from loftq.integrations.refine.whole import model_loss
 from loftq.lowrank import LowRank
 from loftq.ops.precision import full_float32
-from loftq.refine import Stage, Trajectory, natural_step
+from loftq.refine import NaturalStep, Stage, Trajectory
 
 WINDOWS = 16
 """That statistics are measured on; the paper takes 16 x 512 tokens."""
@@ -97,13 +97,10 @@ class _Block:
         for _ in range(steps):
             before = {path: _factors(layer) for path, layer in self.layers.items()}
             known = self.measure()
+            steps_of = {path: NaturalStep(x.G, x.H, x.Hz) for path, x in known.items()}
             for share in SHARES:
                 for path, layer in self.layers.items():
-                    one = known[path]
-                    found = natural_step(
-                        before[path], one.G, one.H, one.Hz, trust=share * self.trust
-                    )
-                    _put(layer, found)
+                    _put(layer, steps_of[path].after(before[path], trust=share * self.trust))
                 losses.append(self.held_out())
                 if losses[-1] < now:
                     now = losses[-1]
