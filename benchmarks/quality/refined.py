@@ -8,8 +8,8 @@
 
 A row is METHOD:FORMAT:RANK:REFINEMENT[:epochs=E/E][:rate=R/R][:batch=B/B][:error=KIND/KIND], and
 likewise hidden=, kl= and language=, with a value per stage; `none` is the start itself. Rows of one
-METHOD:FORMAT:RANK refine the same packed folder, quantized once into --work. Arguments, texts, protocol and tuning are those of
-calibrated.py, beside whose rows these may stand.
+METHOD:FORMAT:RANK refine the same packed folder, quantized once into --work. Arguments, texts,
+protocol and tuning are those of calibrated.py, beside whose rows these may stand.
 """
 
 from __future__ import annotations
