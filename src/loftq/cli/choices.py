@@ -93,8 +93,12 @@ def _refinement(plan: Plan, given: Set[str]) -> list[Choice]:
 
 def _rank(plan: Plan, given: Set[str]) -> Choice:
     parameters = plan.adapter_parameters
-    value = f"{plan.config.rank} ({parameters:,} adapter weights)"
+    ranks = sorted({layer.rank for layer in plan.layers if layer.rank})
+    value = f"{', '.join(map(str, ranks))} ({parameters:,} adapter weights)"
     share = f"{parameters / plan.weights:.1%} of the quantized weights"
+    if plan.config.ranks and plan.choice is not None:
+        reason = f"least {plan.choice.allocation} cost, layer by layer: {share}"
+        return Choice("rank", value, reason)
     if "rank" in given:
         return Choice("rank", value, f"{ASKED}: {share}")
     return Choice("rank", value, f"{share}; a higher rank corrects more and costs more")

@@ -265,6 +265,10 @@ def _typed(key: str, value: Any, known: Mapping[str, Any]) -> Any:
         return byte_count(key, value)
     if "Mapping" in hint:
         return _mapping(key, value)
+    if "tuple[int" in hint:
+        items = value.split(",") if isinstance(value, str) else value
+        items = items if isinstance(items, list | tuple) else [items]
+        return tuple(_number(key, item, int, "whole numbers") for item in items)
     if "tuple" in hint:
         return _names(key, value)
     if "bool" in hint:

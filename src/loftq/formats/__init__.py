@@ -1,6 +1,6 @@
 """What a quantized weight is: codebooks, grids, scales, packing, and the names of formats."""
 
-from loftq.formats.grids import FITS, Grid, default_fit, grid_of
+from loftq.formats.grids import FITS, Grid, default_fit, fits_of, grid_of
 from loftq.formats.packing import pack_codes, unpack_codes
 from loftq.formats.scales import decode_scales, encode_scales, round_trip_scales
 from loftq.formats.spec import FormatSpec, component_shapes, known_formats, parse_format
@@ -16,6 +16,7 @@ __all__ = [
     "decode_scales",
     "default_fit",
     "encode_scales",
+    "fits_of",
     "grid_of",
     "known_formats",
     "pack_codes",

@@ -92,7 +92,19 @@ def adapter_config(plan: Plan, base: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": target_modules(plan),
+        **_patterns(plan),
     }
+
+
+def _patterns(plan: Plan) -> dict[str, dict[str, float]]:
+    """PEFT's ranks and alphas of the layers whose rank is another; s is that of all layers."""
+    config = plan.config
+    ranks = {x.info.module: x.rank for x in plan.layers if x.rank not in (0, config.rank)}
+    if not ranks:
+        return {}
+    root = 0.5 if config.rslora else 1.0
+    alphas = {module: config.scaling * rank**root for module, rank in ranks.items()}
+    return {"rank_pattern": dict(ranks), "alpha_pattern": alphas}
 
 
 def target_modules(plan: Plan) -> list[str]:
@@ -145,10 +157,11 @@ def calibration_record(plan: Plan) -> dict[str, Any] | None:
 
 
 def allocation_record(plan: Plan) -> dict[str, Any] | None:
-    """Budget, cost and rivals of a measured allocation; formats stand in the layers' records."""
+    """Budget, cost and rivals of a measured allocation; the layers' records hold the rest."""
     if plan.choice is None:
         return None
-    return {key: value for key, value in plan.choice.to_dict().items() if key != "formats"}
+    told = plan.choice.to_dict()
+    return {key: value for key, value in told.items() if key not in ("formats", "ranks")}
 
 
 def totals(result: RunResult) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class Method:
     """What gradients do to the adapters afterwards: a row of refine.REFINEMENTS."""
     scale_fit: str | None = None
     """Fit the method prescribes; None = the format's default."""
+    grid: str | None = None
+    """Grid the method prescribes for --bits; None = that of --bits itself, nf."""
     scale_coding: str | None = None
     """Scale coding the method prescribes; None = as the format says."""
     reproduction: bool = False

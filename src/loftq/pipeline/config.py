@@ -54,6 +54,9 @@ class QuantizeConfig:
     """Other formats by module pattern: {"*.down_proj": "nf4"}; the last match wins."""
     rank: int = 16
     """Rank of the adapters."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that a measured allocation chooses from, layer by layer; the bytes of all adapters then
+    count in its budget, which grows by those of `rank` everywhere. Empty = `rank` everywhere."""
     alpha: float | None = None
     """LoRA's alpha; None = rank. The start is exact for any positive value."""
     rslora: bool = False
@@ -61,7 +64,7 @@ class QuantizeConfig:
     iters: int | None = None
     """Alternations T; None = the method's own."""
     scale_fit: str | None = None
-    """absmax, mse or sigma; None = the method's, else the format's default."""
+    """absmax, mse, sigma or entropy; None = the method's, else the format's default."""
     solver: str | None = None
     """chebyshev or exact; None = the method's own."""
     order: str | None = None
@@ -95,7 +98,7 @@ class QuantizeConfig:
     design_rank: int | None = None
     """Rank of the correction that `projq` rounds for; None = that of the adapter."""
     refine: str | None = None
-    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill or
+    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill, natural or
     block-distill, which need text; None = the method's own."""
     refine_epochs: float | None = None
     """Passes over the text in each stage of the refinement; None = its own, 0 = keep the start."""
@@ -179,7 +182,7 @@ class QuantizeConfig:
         if self.costs_by is not None:
             find_method(self.costs_by)
         if not self.allocation_row().measured:
-            given = [key for key in ("candidates", "costs_by") if getattr(self, key)]
+            given = [key for key in ("candidates", "costs_by", "ranks") if getattr(self, key)]
             if given:
                 return (
                     f"{given[0]}: allocation={self.allocation} goes by depth and has no costs to "
@@ -193,8 +196,12 @@ class QuantizeConfig:
                 "choose from with candidates=..."
             )
         names = [str(spec) for spec in self.candidate_formats()]
-        if len(set(names)) < 2 or len(set(names)) < len(names):
+        least = 1 if self.ranks else 2
+        if len(set(names)) < least or len(set(names)) < len(names):
             return f"candidates={','.join(names)}: name two different formats or more."
+        listed = ",".join(map(str, self.ranks))
+        if self.ranks and (len(set(self.ranks)) < max(2, len(self.ranks)) or min(self.ranks) < 1):
+            return f"ranks={listed}: name two different ranks or more, each at least 1."
         return ""
 
     def resolved_method(self) -> Method:
@@ -244,6 +251,7 @@ class QuantizeConfig:
             method=self.costs_by or self.method,
             allocation="first",
             candidates=(),
+            ranks=(),
             costs_by=None,
             refine="none",
         )
@@ -252,7 +260,12 @@ class QuantizeConfig:
         """What a measured allocation chooses from, the narrowest first unless named otherwise."""
         if self.candidates:
             return tuple(parse_format(name) for name in self.candidates)
-        return tuple(self._with_coding(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
+        return tuple(self._as_prescribed(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
+
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """Ranks that a layer may get."""
+        return self.ranks or (self.rank,)
 
     def default_format(self) -> FormatSpec:
         """Format of a layer that nothing else assigns."""
@@ -261,11 +274,11 @@ class QuantizeConfig:
         if self.engine is not None:
             return parse_format(ENGINE_FORMATS[self.engine])
         whole = int(self.bits) if self.bits == int(self.bits) else 2
-        return self._with_coding(BITS_FORMATS[whole])
+        return self._as_prescribed(BITS_FORMATS[whole])
 
     def wide_format(self) -> FormatSpec:
         """Format of the first blocks when `bits` is a fraction."""
-        return self._with_coding(BITS_FORMATS[4])
+        return self._as_prescribed(BITS_FORMATS[4])
 
     @property
     def tables(self) -> frozenset[str]:
@@ -276,13 +289,18 @@ class QuantizeConfig:
         """Format of an embedding or head that is packed without an adapter."""
         return parse_format(TABLE_FORMAT)
 
-    def _with_coding(self, name: str) -> FormatSpec:
-        spec, coding = parse_format(name), find_method(self.method).scale_coding
-        return spec if coding is None else replace(spec, scale_coding=coding)
+    def _as_prescribed(self, name: str) -> FormatSpec:
+        """The format behind a width, in the grid and coding that the method prescribes."""
+        spec, method = parse_format(name), find_method(self.method)
+        return replace(
+            spec,
+            grid=method.grid or spec.grid,
+            scale_coding=method.scale_coding or spec.scale_coding,
+        )
 
     @property
     def scaling(self) -> float:
-        """The factor before B A."""
+        """The factor before B A, of every layer: one of another rank gets another alpha."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -304,7 +322,7 @@ class QuantizeConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(unknown_option(unknown[0]))
-        for key in ("targets", "skip", "candidates"):
+        for key in ("targets", "skip", "candidates", "ranks"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])  # type: ignore[arg-type]
         return cls(**values)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
-from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.formats import FormatSpec, component_shapes, default_fit, fits_of, parse_format
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -156,6 +156,7 @@ class Plan:
             "machine": _machine(self.device),
             "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
             "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
+            "ranks": {layer.info.module: layer.rank for layer in self.layers},
             "statistics": self.calibration.fingerprint if self.calibration else "",
         }
 
@@ -235,6 +236,11 @@ class Plan:
         return 1 if busy else SOLVED_AT_ONCE
 
     @property
+    def largest_rank(self) -> int:
+        """Of the adapters."""
+        return max(layer.rank for layer in self.layers)
+
+    @property
     def adapter_parameters(self) -> int:
         """Parameters of all LoRA factors."""
         return sum(adapter_parameters(layer.info, layer.rank) for layer in self.layers)
@@ -273,13 +279,14 @@ def make_plan(
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise PlanError("\n".join([*problems[:SHOWN], *more]))
+    ranks = choice.ranks if choice else {}
     layers = tuple(
         PlannedLayer(
             info=info,
             spec=specs[info.module],
-            scale_fit=_fit(config, specs[info.module]),
+            scale_fit=_fit(config, info, specs[info.module]),
             seed=_seed(config.seed, info.module),
-            rank=config.rank if info.adapted else 0,
+            rank=ranks.get(info.module, config.rank) if info.adapted else 0,
         )
         for info in layout.layers
     )
@@ -399,6 +406,12 @@ def _problems(
                 f"{min(info.shape)}. Lower it, or leave it out to use the rank."
             )
         spec = specs[info.module]
+        if (fit := _fit(config, info, spec)) not in fits_of(spec):
+            problems.append(
+                f"{info.module}: {spec} has no scale_fit={fit}; choose one of "
+                f"{', '.join(fits_of(spec))}. `entropy` needs the stored zero of a format such as "
+                "int4-g64, `sigma` the grids even and uniform."
+            )
         if not info.adapted and (spec.scale_coding == "dq" or spec.group_size == PER_TENSOR):
             problems.append(
                 f"{info.module}: {spec} stores scales over several rows, and a table without an "
@@ -456,12 +469,14 @@ def _load(layer: PlannedLayer, gram: bool) -> int:
     return layer.weights + (GRAM_LOAD * layer.info.shape[1] ** 2 if gram else 0)
 
 
-def _fit(config: QuantizeConfig, spec: FormatSpec) -> str:
+def _fit(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> str:
     if config.scale_fit is not None:
         return config.scale_fit
     method_fit = config.resolved_method().scale_fit
     if method_fit == "absmax" and spec.grid in ("even", "uniform"):
         return "sigma"  # the papers' rule for these grids
+    if not info.adapted and method_fit not in fits_of(spec):
+        return default_fit(spec)  # a method does not prescribe how tables are stored
     return method_fit or default_fit(spec)
 
 
@@ -471,11 +486,12 @@ def _seed(seed: int, module: str) -> int:
 
 
 def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tuple[Batch, ...]:
-    """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
+    """Layers of one shape, format, kind and rank, in model order, cut at `limit` weights."""
     groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
     for layer in layers:
-        key: tuple[object, ...] = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
-        key += () if layer.rank else (layer.info.module,)  # a large table is a batch of its own
+        info = layer.info
+        key: tuple[object, ...] = (info.shape, layer.spec, layer.scale_fit, info.kind, layer.rank)
+        key += () if layer.rank else (info.module,)  # a large table is a batch of its own
         runs = groups.setdefault(key, [[]])
         if runs[-1] and (len(runs[-1]) + 1) * _load(layer, gram) > limit:
             runs.append([])
@@ -490,7 +506,8 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tup
 def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
     """Batches in the order of the forward; each is solved with all before it quantized.
 
-    A batch holds neighbours of one block, module, shape and format, as queries, keys and values.
+    A batch holds neighbours of one block, module, shape, format and rank, as queries, keys and
+    values.
     The output of an attention reads what comes of those, whatever its shape, so it starts anew.
     """
     order = sorted(
@@ -499,7 +516,8 @@ def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
     runs: list[tuple[object, list[PlannedLayer]]] = []
     for layer in order:
         parent, _, name = layer.info.module.rpartition(".")
-        key = (parent, layer.info.shape, layer.spec, layer.scale_fit, name in OUTPUTS)
+        shape, rank = layer.info.shape, layer.rank
+        key = (parent, shape, layer.spec, layer.scale_fit, rank, name in OUTPUTS)
         if not runs or runs[-1][0] != key:
             runs.append((key, []))
         runs[-1][1].append(layer)
