@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.integrations.families import READ_ONE_INPUT, why_no_family, without_peft
-from loftq.integrations.inference import active_adapter, why_not_folded
+from loftq.integrations.inference import active_adapter, why_not_folded, why_turned
 from loftq.nn import QuantLinear
 from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap
@@ -169,6 +169,8 @@ def _why_no_member(name: str, module: nn.Module) -> str:
     base: Any = _packed(module)
     if type(base) is not QuantLinear:
         return f"{type(base).__name__} is no packed linear layer"
+    if why := why_turned(base):
+        return why
     if base is not module and (why := why_not_folded(module)):
         return why
     if base.bias is not None and name not in READ_ONE_INPUT:

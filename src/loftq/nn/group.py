@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loftq.nn.linear import QuantLinear
-from loftq.ops import quant_linear
+from loftq.ops import hadamard, quant_linear
 from loftq.ops.direct import direct
 from loftq.ops.schema import quant_linear_backward
 
@@ -90,7 +90,13 @@ class _Up(torch.autograd.Function):
         ctx.down, ctx.wants_x = u.grad_fn, x.requires_grad
         ctx.set_materialize_grads(False)
         parts = u.split([B.shape[1] for B in Bs], dim=1)
-        return tuple(_output(x, part, one) for part, one in zip(parts, group, strict=True))
+        turned = {one.layer.spec.rotation: x for one in group}
+        for block in filter(None, turned):  # once for all that share a rotation
+            turned[block] = direct(hadamard, x)(x, block, False)
+        return tuple(
+            _output(turned[one.layer.spec.rotation], part, one)
+            for part, one in zip(parts, group, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,7 +108,8 @@ class _Up(torch.autograd.Function):
                 "make the optimizer's step after the backward."
             )
         ranks = [one.B.shape[1] for one in group]
-        grad_u, grad_x = torch.empty_like(u), None
+        grad_u = torch.empty_like(u)
+        grad_turned: dict[int, Tensor] = {}
         grad_Bs: list[Tensor | None] = []
         parts = zip(grads, u.split(ranks, 1), grad_u.split(ranks, 1), group, strict=True)
         for grad, part, grad_part, one in parts:
@@ -115,8 +122,10 @@ class _Up(torch.autograd.Function):
             grad_Bs.append(_scaled(rows.T @ part, one.scaling, one.B.dtype))
             if ctx.wants_x:
                 mine = _backward_of_weight(rows, one.layer)
-                grad_x = mine if grad_x is None else grad_x.add_(mine)
-        ctx.down.passed = _Passed(x, grad_x)
+                block = one.layer.spec.rotation
+                before = grad_turned.get(block)
+                grad_turned[block] = mine if before is None else before.add_(mine)
+        ctx.down.passed = _Passed(x, _turned_back(grad_turned))
         return None, grad_u, None, *grad_Bs
 
 
@@ -130,6 +139,15 @@ def _output(x: Tensor, u: Tensor, one: Adapted) -> Tensor:
         y += layer.bias.to(y.dtype)
     y.view(-1, y.shape[-1]).addmm_(u, _scaled(one.B, one.scaling, y.dtype).T)
     return y
+
+
+def _turned_back(grads: dict[int, Tensor]) -> Tensor | None:
+    """dL/dx from its parts in the bases that weights are stored in, by block of the rotation."""
+    total = None
+    for block, grad in grads.items():
+        mine = direct(hadamard, grad)(grad, block, True) if block else grad
+        total = mine if total is None else total.add_(mine)
+    return total
 
 
 def _backward_of_weight(grad: Tensor, layer: QuantLinear) -> Tensor:

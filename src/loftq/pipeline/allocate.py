@@ -64,6 +64,7 @@ def costs_fingerprint(config: QuantizeConfig, *, source: str, tokens: str, devic
         source,
         tokens,
         device.split(":")[0],
+        *([config.rotation] if config.rotation != "none" else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
