@@ -59,7 +59,8 @@ def plan(
     flags = {
         "bits": bits, "allocation": allocation, "rotation": rotation, "format": format,
         "method": method, "rank": rank, "alpha": alpha, "data": data, "targets": targets,
-        "skip": skip, "engine": engine, "device": device, "seed": seed, "allow_uncovered": allow_uncovered,
+        "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     known = None if memory is None else {**_training_keys(), **options.keys()}
     request = options.collect(flags, settings, config, known)

@@ -53,7 +53,8 @@ def quantize(
     flags = {
         "bits": bits, "allocation": allocation, "rotation": rotation, "format": format,
         "method": method, "rank": rank, "alpha": alpha, "data": data, "targets": targets,
-        "skip": skip, "engine": engine, "device": device, "seed": seed, "allow_uncovered": allow_uncovered,
+        "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
     out = console.screen(as_json=as_json)
