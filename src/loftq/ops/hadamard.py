@@ -62,9 +62,10 @@ hadamard.register_autograd(_backward, setup_context=_save)
 
 def column_signs(features: int) -> Tensor:
     """D, (features,) float32 of -1 and 1: the lowest bit of a mixed column number (SPEC.md 7)."""
-    mixed = torch.arange(1, features + 1) * 0x9E3779B1 & _WORD
-    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & _WORD
-    return (1 - 2 * ((mixed ^ (mixed >> 12)) & 1)).float()
+    mixed = torch.arange(1, features + 1)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed = (mixed ^ (mixed >> shift)) * factor & _WORD  # low bits survive an overflow
+    return (1 - 2 * ((mixed ^ (mixed >> 16)) & 1)).float()
 
 
 def hadamard_matrix(block: int) -> Tensor:

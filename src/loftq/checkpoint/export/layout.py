@@ -86,7 +86,7 @@ def first_obstacle(layout: Layout, weights: Sequence[Packed]) -> str:
 def rotated(weight: Packed) -> str:
     """A weight in a rotated basis: no other engine turns the inputs of a layer."""
     if weight.spec.rotation:
-        return "its inputs are rotated, which the engine does not do; `--to dense` or `lora` work"
+        return "its inputs are rotated, which the engine does not do"
     return ""
 
 
