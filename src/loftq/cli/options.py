@@ -32,6 +32,13 @@ Allocation = Annotated[
         "by measured cost: error, relative, kl."
     ),
 ]
+Rotation = Annotated[
+    str | None,
+    typer.Option(
+        help="Rotate the inputs of a layer: none (default), all, or auto: where it lowers the "
+        "error. Only loftq's own layers run it."
+    ),
+]
 Format = Annotated[
     str | None, typer.Option(help="Format by name, over --bits: nf3-g64-dq, int4-g128-f16, ...")
 ]

@@ -56,7 +56,7 @@ def quantization_config(result: RunResult) -> dict[str, Any]:
         "quant_method": "loftq",
         "version": QUANT_VERSION,
         "weights": WEIGHTS_INDEX,
-        "layers": layer_entries(plan),
+        "layers": layer_entries(plan, result.formats),
         "modules_to_not_convert": dense_modules(plan),
         "backbone": result.backbone,
         "adapter_required": plan.config.resolved_method().adapter_required,
@@ -68,12 +68,14 @@ def dense_modules(plan: Plan) -> list[str]:
     return sorted(kept.module for kept in plan.layout.kept if kept.reason != SHARES)
 
 
-def layer_entries(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Format and shape of each packed module."""
+def layer_entries(plan: Plan, formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Format, as it was stored, and shape of each packed module."""
     return {
-        layer.info.module: {"format": str(layer.spec), "shape": list(layer.info.shape)}
+        layer.info.module: {
+            "format": formats[layer.info.module], "shape": list(layer.info.shape),
+        }
         for layer in plan.layers
-    }
+    }  # fmt: skip
 
 
 def adapter_config(plan: Plan, base: str) -> dict[str, Any]:

@@ -24,6 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from loftq.nn.frozen import add_gradient, product
+from loftq.nn.linear import QuantLinear
+from loftq.ops import hadamard
+from loftq.ops.direct import direct
 from loftq.ops.pointwise import norm_again, norm_behind
 
 
@@ -116,8 +119,9 @@ class _Up(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.down, ctx.wants_x = u.grad_fn, x.requires_grad
         ctx.set_materialize_grads(False)
+        inputs = _turned(x, group)
         parts = zip(u.split(_ranks(group), 1), group, cast.Bs, cast.biases, strict=True)
-        return tuple(_output(x, *part) for part in parts)
+        return tuple(_output(inputs[_rotation(part[1])], *part) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -175,12 +179,28 @@ def _of_adapters(
 
 
 def _of_input(grads: Sequence[Tensor | None], group: Sequence[Adapted]) -> Tensor | None:
-    """Sum of dL/dy_i W_i, (tokens, in_features)."""
-    total = None
+    """Sum of dL/dy_i W_i, (tokens, in_features); turned back once for all of a rotation."""
+    totals: dict[int, Tensor] = {}
     for grad, one in zip(grads, group, strict=True):
         if grad is not None:
-            total = add_gradient(total, grad, one.layer)
+            block = _rotation(one)
+            totals[block] = add_gradient(totals.get(block), grad, one.layer)
+    total = totals.pop(0, None)
+    for block, turned in totals.items():
+        mine = direct(hadamard, turned)(turned, block, True)
+        total = mine if total is None else total.add_(mine)
     return total
+
+
+def _turned(x: Tensor, group: Sequence[Adapted]) -> dict[int, Tensor]:
+    """x in the bases that weights are stored in, by block of the rotation; 0 = its own."""
+    blocks = {_rotation(one) for one in group}
+    return {block: direct(hadamard, x)(x, block, False) if block else x for block in blocks}
+
+
+def _rotation(one: Adapted) -> int:
+    """Block of the rotation of a layer's inputs; 0 = none."""
+    return one.layer.spec.rotation if isinstance(one.layer, QuantLinear) else 0
 
 
 def _output(x: Tensor, u: Tensor, one: Adapted, B: Tensor, bias: Tensor | None) -> Tensor:

@@ -68,6 +68,7 @@ def costs_fingerprint(
         source,
         tokens,
         device.split(":")[0],
+        *([config.rotation] if config.rotation != "none" else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -12,6 +12,7 @@ from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
 from loftq.refine import Refinement, find_refinement
 from loftq.rounding import MOST_DAMPING
+from loftq.transforms import ROTATIONS
 
 CONFIG_VERSION = 1
 
@@ -48,6 +49,9 @@ class QuantizeConfig:
     """Method that a measured allocation takes its costs from; None = `method` itself."""
     allocation_windows: int = 4
     """Windows of the calibration text that allocation=kl measures on."""
+    rotation: str = "none"
+    """Rotated inputs (transforms/rotation.py): none, all, or auto, for each layer whose error is
+    smaller with them."""
     format: str | None = None
     """Format by name (nf4-g64-dq, int3-g128-f16, ...); overrides bits."""
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -143,6 +147,11 @@ class QuantizeConfig:
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
                 "name a format and see in the plan which engines can hold it."
             )
+        if self.engine is not None and self.rotation != "none":
+            return (
+                f"rotation={self.rotation}, engine={self.engine}: no engine but loftq's own turns "
+                "the inputs of a layer. Leave one of them out."
+            )
         for key in ("embedding", "head"):
             if getattr(self, key) not in (8, 16):
                 return (
@@ -167,6 +176,7 @@ class QuantizeConfig:
             ("solver", self.solver, SOLVERS),
             ("engine", self.engine, tuple(ENGINE_FORMATS)),
             ("allocation", self.allocation, tuple(ALLOCATIONS)),
+            ("rotation", self.rotation, ROTATIONS),
         ):
             if value is not None and value not in known:
                 return f"{key}={value!r} does not exist; choose one of {', '.join(known)}."

@@ -30,6 +30,7 @@ from loftq.pipeline.calibration import (
 )
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
+from loftq.transforms import largest_block, rotated
 
 OUTPUTS = frozenset({"o", "o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin"})
 """Last names of the projections that leave an attention or a feed-forward."""
@@ -86,6 +87,8 @@ class PlannedLayer:
     seed: int
     rank: int
     """Of its adapter; 0 = none, the weight is only rounded."""
+    rival: FormatSpec | None = None
+    """Format of the same size that it is tried in as well; the one with the smaller error stays."""
 
     @property
     def weights(self) -> int:
@@ -201,7 +204,10 @@ class Plan:
         """Rough time of the solve on this device; reading and writing come on top."""
         method, kind = self.config.resolved_method(), self.device.split(":")[0]
         steps = max(1, method.iterations) * method.step_cost
-        rounds = sum(layer.weights * (steps if layer.rank else 1) for layer in self.layers)
+        rounds = sum(
+            layer.weights * (steps if layer.rank else 1) * (2 if layer.rival else 1)
+            for layer in self.layers
+        )
         return rounds * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
 
     @property
@@ -287,6 +293,7 @@ def make_plan(
             scale_fit=_fit(config, info, specs[info.module]),
             seed=_seed(config.seed, info.module),
             rank=ranks.get(info.module, config.rank) if info.adapted else 0,
+            rival=_rival(config, info, specs[info.module]),
         )
         for info in layout.layers
     )
@@ -373,9 +380,26 @@ def planned_formats(
     chosen = (
         {module: parse_format(name) for module, name in choice.formats.items()} if choice else {}
     )
-    return assign_formats(
+    specs = assign_formats(
         layout.layers, default, first=first, chosen=chosen, overrides={**tables, **overrides}
     )
+    if config.rotation != "all":
+        return specs
+    turned = {x.module: rotated(specs[x.module], x.shape[1]) for x in layout.layers if _turns(x)}
+    return {**specs, **turned}
+
+
+def _turns(info: LayerInfo) -> bool:
+    """Whether a layer has inputs that can be rotated; an embedding has none."""
+    return info.adapted and info.kind != "embedding"
+
+
+def _rival(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> FormatSpec | None:
+    """The format that `rotation=auto` tries beside `spec`; None where there is nothing to try."""
+    if config.rotation != "auto" or not _turns(info) or spec.rotation:
+        return None
+    turned = rotated(spec, info.shape[1])
+    return turned if turned.rotation else None
 
 
 def _problems(
@@ -417,6 +441,7 @@ def _problems(
                 f"{info.module}: {spec} stores scales over several rows, and a table without an "
                 f"adapter is rounded row by row. Choose f16, bf16 or f32 scales, as {TABLE_FORMAT}."
             )
+        problems += _unturnable(config, info, spec)
         if entry.dtype not in FLOATS:
             problems.append(
                 f"{info.tensor}: dtype {entry.dtype} is not a float; the source looks quantized "
@@ -430,6 +455,25 @@ def _problems(
             f"({', '.join(reasons)}). Accept that with --allow-uncovered."
         )
     return problems
+
+
+def _unturnable(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> list[str]:
+    """Rotations that a layer cannot have."""
+    if spec.rotation and not _turns(info):
+        return [f"{info.module}: {spec} rotates the inputs of a layer, and a table has none."]
+    if spec.rotation and info.shape[1] % spec.rotation:
+        most = largest_block(info.shape[1])
+        found = f"at most {most} fit" if most else "none fit"
+        return [
+            f"{info.module}: {spec} rotates blocks of {spec.rotation} inputs, and of "
+            f"{info.shape[1]} {found}. Choose another format for it with formats=..."
+        ]
+    if config.rotation == "all" and _turns(info) and not spec.rotation:
+        return [
+            f"{info.module}: rotation=all: {info.shape[1]} inputs are not whole blocks of 16. "
+            f'Choose rotation=auto, or leave the layer out with skip=["{info.module}"].'
+        ]
+    return []
 
 
 def _unmet(

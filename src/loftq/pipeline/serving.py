@@ -46,7 +46,7 @@ def where_served(plan: Plan) -> tuple[Serving, ...]:
         Packed(
             module=layer.info.module,
             stem=layer.stem,
-            spec=layer.spec,
+            spec=layer.rival or layer.spec,
             shape=layer.info.shape,
             kind=layer.info.kind,
         )

@@ -133,6 +133,7 @@ def _entry(layer: PlannedLayer) -> dict[str, Any]:
         "module": layer.info.module,
         "kind": layer.info.kind,
         "format": str(layer.spec),
+        "rival": str(layer.rival) if layer.rival else None,
         "scale_fit": layer.scale_fit,
         "shape": list(layer.info.shape),
         "rank": layer.rank,
