@@ -93,6 +93,15 @@ def test_the_table_says_it_all() -> None:
     assert "Machine: a GPU, torch 2.11, 2026-01-01 (7 cells)." in lines
 
 
+def test_how_uncertain_one_run_is_by_its_examples_is_said() -> None:
+    recipe = read_recipe("test", TEXT)
+    spans = [(0.5, 0.6), (0.4, 0.6), (0.0, 1.0)]
+    rows = [row(QLORA, seed, 0.55, interval=span) for seed, span in enumerate(spans)]
+    told = "95 % of a single run for other examples of the kind (median of the runs): rte ±10.0."
+    assert told in markdown(compare(recipe, rows))
+    assert "single run" not in markdown(compare(recipe, [row(QLORA, 0, 0.55)]))
+
+
 def test_the_arm_to_compare_with_can_be_chosen() -> None:
     rows = [row(QLORA, 0, 0.5), row(LOFTQ, 0, 0.6)]
     recipe = read_recipe("test", TEXT)

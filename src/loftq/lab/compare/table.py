@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from loftq.lab.compare.cells import Cell, cells
@@ -125,7 +126,7 @@ def markdown(found: Comparison, *, picture: str | None = None) -> str:
                   "(median of the paired differences, smallest to largest, seeds won; positive is "
                   "better):", _paired(found)]  # fmt: skip
     if picture is not None:
-        parts.append(f"![Score against bytes]({picture})")
+        parts.append(f"![The scores]({picture})")
     parts += [_conditions(found), *_failures(found)]
     return "\n\n".join(parts) + "\n"
 
@@ -229,7 +230,22 @@ def _conditions(found: Comparison) -> str:
     ]
     if len(counts) == 1:
         lines.append(f"Every score is over {next(iter(counts))} examples.")
-    return "\n\n".join(lines)
+    return "\n\n".join(lines + _sampling(found))
+
+
+def _sampling(found: Comparison) -> list[str]:
+    """How far a run's score is uncertain by its examples, which no number of seeds shows."""
+    widths: dict[str, list[float]] = {}
+    for row in found.rows:
+        if row.interval is not None and row.status == DONE:
+            widths.setdefault(row.task, []).append((row.interval[1] - row.interval[0]) / 2)
+    if not widths:
+        return []
+    each = ", ".join(
+        f"{task} ±{formatter(_metric(found, task))(median(values))}"
+        for task, values in widths.items()
+    )
+    return [f"95 % of a single run for other examples of the kind (median of the runs): {each}."]
 
 
 def _machine(row: Row) -> str:
