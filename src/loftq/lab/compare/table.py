@@ -140,8 +140,14 @@ def _scores(found: Comparison) -> str:
         size = f"{row.bytes.total / 1e6:.1f}" if row and row.bytes else ""
         bits = f"{row.bits_per_weight:.2f}" if row and row.bits_per_weight else ""
         scores = [_score(found, line, task) for task in tasks]
-        body.append([*_names(line), bits, size, *scores])
-    return grid(["method", "format", "rank", "bits", "MB", *heads], body, left=2)
+        body.append([*_names(line), bits, size, _minutes(found, line), *scores])
+    return grid(["method", "format", "rank", "bits", "MB", "min", *heads], body, left=2)
+
+
+def _minutes(found: Comparison, line: Line) -> str:
+    """By the clock, of all runs of a line; nothing before the first."""
+    runs = [sum(row.seconds.values()) for row in found.rows if row.line == line and row.seconds]
+    return f"{sum(runs) / 60:.1f}" if runs else ""
 
 
 def _metric(found: Comparison, task: str) -> str:
@@ -225,7 +231,8 @@ def _conditions(found: Comparison) -> str:
         "A score is the median of the seeds (smallest to largest, number of runs); N.A. did not "
         "converge; [published] where the recipe knows a number. MB is everything that is stored: "
         "packed weights with their scales, the rest of the base at 16 bits, adapters and head in "
-        "float32.",
+        "float32. min is minutes of training and evaluation, of all runs of the line together; "
+        "processes that share a device each take longer.",
         *(f"Machine: {text} ({number} cells)." for text, number in machines.items()),
     ]
     if len(counts) == 1:
