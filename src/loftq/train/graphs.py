@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from loftq.train.errors import TrainError
 
@@ -96,10 +97,10 @@ class StepGraphs:
         static = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
         # Other threads go on meanwhile: a data loader pins memory.
-        mode = "thread_local"
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
-                loss = step(static)
+            with _MadeThere(), self.gradients[0].device, capture:
+                loss = step(dict(static))
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise TrainError(
@@ -108,6 +109,18 @@ class StepGraphs:
             ) from error
         self._pool = self._pool or graph.pool()
         return _Captured(graph, static, loss)
+
+
+class _MadeThere(TorchFunctionMode):
+    """Numbers become tensors by a fill of the device, not by a copy from the host.
+
+    transformers 5.17 makes positions and masks from such numbers.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor and isinstance(args[0], int | float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class Rounded:
