@@ -29,6 +29,8 @@ class Forecast:
     """Adapters beside the trained one: the reference of preferences."""
     problem: str = ""
     """Why nothing can be said, or ""."""
+    graphs: bool = False
+    """Whether captured steps hold memory that is not in the parts."""
 
     @property
     def parts(self) -> Mapping[str, int]:
@@ -40,6 +42,8 @@ class Forecast:
         text = (
             f"step {step}: out of memory on a batch of {rows} x {width} = {rows * width:,} tokens"
         )
+        if self.graphs:
+            text += ", beside what captured steps hold (graphs=false frees it)"
         if self.subject is None or not rows * width:
             return OutOfMemory(f"{text}. Try a smaller batch_size or max_length. {self.problem}")
         from loftq.train.memory.savings import savings
@@ -108,6 +112,16 @@ def forecast(
     references = SIDES[kind] - 1
     try:
         subject = subject_of_output(folder)
-        return Forecast(subject=subject, settings=settings, references=references)
+        return Forecast(
+            subject=subject, settings=settings, references=references, graphs=config.graphs
+        )
     except UnknownModel as error:
-        return Forecast(subject=None, settings=settings, references=references, problem=str(error))
+        packed = (folder / "loftq.json").is_file()
+        problem = str(error) if packed else "Memory is predicted for packed models only."
+        return Forecast(
+            subject=None,
+            settings=settings,
+            references=references,
+            problem=problem,
+            graphs=config.graphs,
+        )
