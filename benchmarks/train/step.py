@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from loftq.train.graphs import StepGraphs
 from loftq.train.memory.predict import DTYPES, TrainingSettings
-from loftq.train.offload import HostInputs
 from loftq.train.prepare import prepare_for_training
 from loftq.train.tiles import tiled_loss
 
@@ -35,7 +33,6 @@ def train_steps(
     device: str,
     fused: bool = True,
     graphs: bool = False,
-    offload: bool = False,
 ) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
 
@@ -46,7 +43,6 @@ def train_steps(
         device: of the model.
         fused: with the training layer (loftq.integrations.training).
         graphs: steps captured, as with graphs=true of `loftq train`.
-        offload: inputs of blocks in host memory, as with offload=true.
     """
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=fused)
     base = model.get_base_model()
@@ -60,11 +56,9 @@ def train_steps(
     shape = (settings.batch_size, settings.length)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
     found, captured = Trained(), StepGraphs(adapter) if graphs else None
-    host = HostInputs(torch.device(device)) if offload else nullcontext()
 
     def step(batch: dict[str, Tensor]) -> Tensor:
-        with host:
-            loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)
+        loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)
         loss.backward()
         return loss.detach()
 

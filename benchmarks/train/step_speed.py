@@ -38,7 +38,6 @@ WARM_UP = 3
 PATHS: dict[str, dict[str, bool]] = {
     "graphs": {"fused": True, "graphs": True},
     "fused": {"fused": True},
-    "offload": {"fused": True, "offload": True},
     "plain": {"fused": False},
     "bf16": {"fused": False},
     "bf16-fused": {"fused": True},

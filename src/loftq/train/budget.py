@@ -89,7 +89,6 @@ def fit_to(
             dtype=dtype,
             optimizer=chosen.config.optimizer,
             fused=chosen.config.fused,
-            offload=chosen.config.offload,
             device=device,
         ),
     )

@@ -8,7 +8,6 @@ from datasets import Dataset, Features, List, Value
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from loftq.train.graphs import WIDTHS, StepGraphs
-from loftq.train.offload import HostInputs
 from loftq.train.tiles import base_of, why_not_tiled
 from loftq.train.trainers import Watched, one_process
 
@@ -44,7 +43,6 @@ def build(
     packing: bool,
     max_length: int,
     graphs: bool,
-    offload: bool,
     callbacks: list[Any],
     **_: Any,
 ) -> WatchedSFTTrainer:
@@ -59,7 +57,6 @@ def build(
         packing: whether the training rows are packed, so that batches are without padding.
         max_length: tokens of the longest row.
         graphs: capture the steps (`train.graphs`).
-        offload: keep inputs of blocks in host memory (`train.offload`).
         callbacks: for the trainer.
     """
     chosen = arguments | {
@@ -80,8 +77,6 @@ def build(
     if graphs:
         trainer.graphs = StepGraphs(model.parameters())
         trainer.tiled = not why_not_tiled(base_of(model))
-    if offload:
-        trainer.offload = HostInputs(trainer.args.device)
     return trainer
 
 
