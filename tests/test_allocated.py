@@ -10,10 +10,12 @@ import torch
 
 import loftq
 import zoo
+from loftq.formats import default_fit, parse_format
 from loftq.integrations import allocate
 from loftq.pipeline import stream
 from loftq.pipeline.plan import PlanError
 from loftq.report import inspect_output
+from loftq.rounding import round_to_nearest
 from test_calibrated import place  # noqa: F401  a fixture
 
 OPTIONS = {
@@ -64,6 +66,24 @@ def test_the_table_holds_the_error_of_what_is_stored(place: Path) -> None:  # no
     for record, layer in zip(result.records, planned.layers, strict=True):
         norm = dense[layer.info.tensor].double().norm().item()
         assert costs[record["name"]] == pytest.approx((record["error"] * norm) ** 2, rel=0.02)
+
+
+def test_costs_by_qlora_are_the_errors_of_rounding_alone(place: Path) -> None:  # noqa: F811
+    """LowRA's objective (arXiv:2502.08141), with layers where it has output channels."""
+    from safetensors.torch import load_file
+
+    loftq.plan(
+        place / "llama", measure=True, allocation="error", costs_by="qlora", bits=2.8, rank=4
+    )
+    table = next((place / "cache").rglob("error-*.jsonl"))
+    rows = [json.loads(line) for line in table.read_text().splitlines()[1:]]
+    dense = load_file(place / "llama" / "model.safetensors")
+    assert len(rows) == 42
+    for row in rows:
+        W, spec = dense[row["module"] + ".weight"], parse_format(row["format"])
+        values = round_to_nearest(W[None], spec, fit=default_fit(spec))[1][0]
+        expected = (W - values).double().square().sum().item()
+        assert row["cost"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_plan_reads_headers_only_until_it_is_told_to_measure(place: Path) -> None:  # noqa: F811

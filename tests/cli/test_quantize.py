@@ -294,6 +294,23 @@ def test_what_the_command_made_loads(loftq: Callable, model: Path, tmp_path: Pat
     assert loaded(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+def test_text_that_is_too_short_is_said_before_and_after_and_refused_if_strict(
+    loftq: Callable, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.txt").write_text("one two three")
+    words = ("--rank", 4, "--method", "cloq", "--data", tmp_path / "few.txt")
+    assert "few: a Gram of" in loftq("plan", model, *words).out
+    answer = loftq("quantize", model, "-o", tmp_path / "new", *words)
+    assert answer.code == 0
+    assert "noted" in answer.out
+    assert "damping fills the rest; 13 more in the report" in answer.out
+    refused = loftq("quantize", model, "-o", tmp_path / "other", *words, "strict=true")
+    assert refused.code == 1
+    assert "Calibrate on more, finite text, or set strict=false" in refused.err
+    plain = loftq("quantize", model, "-o", tmp_path / "plain", "--rank", 4)
+    assert "noted" not in plain.out
+
+
 def test_a_refinement_is_said_before_and_after_and_in_a_plan(
     loftq: Callable, model: Path, tmp_path: Path
 ) -> None:

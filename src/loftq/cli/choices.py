@@ -88,7 +88,11 @@ def _data(plan: Plan, given: Set[str]) -> list[Choice]:
     known = plan.calibration
     if known is not None:
         value = f"{known.source}: {known.tokens:,} tokens, {known.windows} windows"
-        return [Choice("data", value, f"{known.kind} statistics of each layer, without padding")]
+        reason = f"{known.kind} statistics of each layer, without padding"
+        widest = max(layer.info.shape[1] for layer in plan.layers if layer.rank)
+        if known.kind == "gram" and known.tokens < widest:
+            reason = f"few: a Gram of {widest} needs as many, and damping fills the rest"
+        return [Choice("data", value, reason)]
     if reader := plan.config.text_reader:  # the costs alone
         return [Choice("data", str(plan.config.data), f"costs of layers, by {reader}")]
     if "data" not in given:

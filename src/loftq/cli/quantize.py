@@ -149,6 +149,8 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
             f"{console.count(len(units), stage['scope'])}: held-out loss {before:.4g} -> "
             f"{after:.4g} (mean)",
         )
+    if noted := _noted(result):
+        lines.add_row("noted", noted)
     lines.add_row(
         "wrote",
         f"{output}: {console.size(sums['packed_bytes'])} packed + "
@@ -161,6 +163,17 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
     lines.add_row("", f"loftq train {output} --data FILE -o RUN")
     lines.add_row("", f'in Python: loftq.load("{output}", trainable=True)')
     out.print(lines)
+
+
+def _noted(result: RunResult) -> str:
+    """Layers that did not go the plain way, the first of them in words; "" without any."""
+    refined = f"refined: {result.plan.config.refinement().name}"
+    notes = {x["name"]: [note for note in x["notes"] if note != refined] for x in result.records}
+    marked = [f"{name}: {'; '.join(found)}" for name, found in notes.items() if found]
+    if not marked:
+        return ""
+    rest = f"; {len(marked) - 1} more in the report" if len(marked) > 1 else ""
+    return f"{marked[0]}{rest}"
 
 
 def _print_pushed(out: Console, finish: Finish) -> None:
