@@ -98,7 +98,7 @@ def test_a_table_or_an_odd_width_is_left_by_auto_and_refused_by_all(place: Path)
     ):
         quantize(place, "refused", method="loftq", rotation="all")
     with pytest.raises(
-        ValueError, match=r"q_proj: .* rotates blocks of 64 inputs, and of 48 at mos"
+        ValueError, match=r"q_proj: .* rotates blocks of 64 inputs, and of 48, 16 fit"
     ):
         quantize(place, "refused", method="loftq", format="nf4-g64-dq-h64")
     table = quantize(place, "table", method="loftq", rotation="auto", embedding=8)

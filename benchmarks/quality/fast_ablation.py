@@ -86,8 +86,9 @@ def whole_output(problem: LayerProblem) -> float:
     return ((W @ H) * W).sum().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """What every script that solves some layers of a model is told; `doc` is its docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibrate", required=True)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
@@ -96,7 +97,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--statistics")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
     cases = problems(args)
     print("| parts | output error | seconds |")
     print("|---|--:|--:|")

@@ -4,8 +4,8 @@
 
 D = diag(signs), H_b the Sylvester matrix [[H, H], [H, -H]] of b columns, b a power of two that
 divides the width: 576 = 9 * 64 is rotated in blocks of 64. The signs are a fixed function of the
-column, so that layers which read one input share its rotation. A product with H_b is what a GPU
-does best; at b <= 512 it costs a fraction of the product with W.
+column, so that layers which read one input share its rotation. It is computed as a product with
+H_b, b / out_features of the work of the product with W.
 """
 
 from __future__ import annotations

@@ -463,10 +463,10 @@ def _unturnable(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> li
         return [f"{info.module}: {spec} rotates the inputs of a layer, and a table has none."]
     if spec.rotation and info.shape[1] % spec.rotation:
         most = largest_block(info.shape[1])
-        found = f"at most {most} fit" if most else "none fit"
+        found = f"{most} fit" if most else "none fit"
         return [
             f"{info.module}: {spec} rotates blocks of {spec.rotation} inputs, and of "
-            f"{info.shape[1]} {found}. Choose another format for it with formats=..."
+            f"{info.shape[1]}, {found}. Choose another format for it with formats=..."
         ]
     if config.rotation == "all" and _turns(info) and not spec.rotation:
         return [

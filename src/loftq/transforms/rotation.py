@@ -21,13 +21,19 @@ ROTATIONS = ("none", "all", "auto")
 """Whether inputs are rotated: of no layer, of each, or of those that it serves."""
 
 
+WIDEST = 64
+"""Columns of a block at most, unless a format names another: wider ones lowered no error on
+SmolLM2 (docs/methods.md), and a block of b costs b / out_features of the product it precedes."""
+
+
 def largest_block(in_features: int) -> int:
-    """Columns of the largest blocks that fill a row; 0 where none do."""
-    return max((block for block in BLOCKS if in_features % block == 0), default=0)
+    """Columns of the largest blocks, WIDEST at most, that fill a row; 0 where none do."""
+    fitting = (block for block in BLOCKS if block <= WIDEST and in_features % block == 0)
+    return max(fitting, default=0)
 
 
 def rotated(spec: FormatSpec, in_features: int) -> FormatSpec:
-    """The format with its inputs rotated in the largest blocks; itself where none fill a row."""
+    """The format with its inputs rotated in those blocks; itself where none fill a row."""
     return replace(spec, rotation=largest_block(in_features))
 
 
