@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loftq.eval.similarity import embed, similarity_score
+from loftq.eval.similarity import cosine_score, embed
 
 
 def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
@@ -34,9 +34,9 @@ class Pairs:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """`stsb`: Spearman x 100; `moved`: ||E - E0||_F / ||E0||_F x 100 of the embeddings."""
-        model = model.base_model
-        moved = (embed(model, self.tokenizer, self.sentences) - self.original).norm()
+        now = embed(model.base_model, self.tokenizer, self.sentences)
+        vectors = dict(zip(self.sentences, now, strict=True))
         return {
-            "stsb": similarity_score(model, self.tokenizer, self.pairs, self.labels),
-            "moved": 100 * float(moved / self.original.norm()),
+            "stsb": cosine_score(vectors, self.pairs, self.labels),
+            "moved": 100 * float((now - self.original).norm() / self.original.norm()),
         }
