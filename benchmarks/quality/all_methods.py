@@ -31,18 +31,19 @@ from typing import Any
 import calibrated
 import refined
 import torch
+import transformers
 from encoders import Pairs
 from methods_table import show
 from safetensors.torch import load_file, save_file
 from sharing import Job, Rows, launch, share
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 from tuning import Start, fresh, replaced, tune
 
 from loftq.checkpoint import open_checkpoint
 from loftq.eval import encode, read_text
-from loftq.integrations import calibrate
+from loftq.integrations import calibrate, discover
 from loftq.integrations.blocks import LoadedBlocks
 from loftq.lab.compare.machine import describe_machine
 from loftq.methods import METHODS
@@ -63,7 +64,8 @@ class Bench:
 
     @cached_property
     def model(self) -> nn.Module:
-        kind = AutoModelForCausalLM if self.args.pairs is None else AutoModel
+        # Layers are named as in the class that the folder tells of, with its head.
+        kind = getattr(transformers, discover.load_config(self.args.model).architectures[0])
         return kind.from_pretrained(self.args.model, dtype="float32").eval().to(self.args.device)
 
     @cached_property

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from loftq.eval.similarity import embed, similarity_score
+from loftq.eval.similarity import cosine_score, embed
 
 
 def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
@@ -25,19 +23,20 @@ class Pairs:
     Args:
         path: GLUE STS-B, jsonl.
         tokenizer: of the model.
-        original: the model that others came from.
+        original: the model that others came from, with a head or without.
     """
 
-    def __init__(self, path: Path, tokenizer: Any, original: nn.Module) -> None:
+    def __init__(self, path: Path, tokenizer: Any, original: Any) -> None:
         self.tokenizer = tokenizer
         self.pairs, self.labels = read_pairs(path)
         self.sentences = sorted({sentence for pair in self.pairs for sentence in pair})
-        self.original = embed(original, tokenizer, self.sentences)
+        self.original = embed(original.base_model, tokenizer, self.sentences)
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: Any) -> dict[str, float]:
         """`stsb`: Spearman x 100; `moved`: ||E - E0||_F / ||E0||_F x 100 of the embeddings."""
-        moved = (embed(model, self.tokenizer, self.sentences) - self.original).norm()
+        now = embed(model.base_model, self.tokenizer, self.sentences)
+        vectors = dict(zip(self.sentences, now, strict=True))
         return {
-            "stsb": similarity_score(model, self.tokenizer, self.pairs, self.labels),
-            "moved": 100 * float(moved / self.original.norm()),
+            "stsb": cosine_score(vectors, self.pairs, self.labels),
+            "moved": 100 * float((now - self.original).norm() / self.original.norm()),
         }

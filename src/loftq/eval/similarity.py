@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,9 +40,16 @@ def similarity_score(
     batch: int = 64,
 ) -> float:
     """Spearman correlation x 100 between cosine similarity and the labels (STS-B's metric)."""
-    from scipy.stats import spearmanr
-
     sentences = sorted({sentence for pair in pairs for sentence in pair})
     vectors = dict(zip(sentences, embed(model, tokenizer, sentences, batch=batch), strict=True))
+    return cosine_score(vectors, pairs, labels)
+
+
+def cosine_score(
+    vectors: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], labels: Sequence[float]
+) -> float:
+    """The same of sentences that are embedded already, by sentence (see `embed`)."""
+    from scipy.stats import spearmanr
+
     cosines = [float(vectors[a] @ vectors[b]) for a, b in pairs]
     return 100 * float(spearmanr(cosines, labels).statistic)
