@@ -28,6 +28,10 @@ class Problem:
         self.extra = 0.5 * (self.x.double() @ self.lora_A.double().T) @ self.lora_B.double().T
         self.plain = self.x @ W.to(dtype).T
 
+    def low(self):
+        """What the adapter adds, in x's dtype."""
+        return 0.5 * (self.x @ self.lora_A.T) @ self.lora_B.T
+
     def check(self, y, adapter=False):
         """At most twice the error of the dense product, which rounds W to x's dtype.
 
@@ -35,8 +39,7 @@ class Problem:
         sum of this length, and rounding y after it, is always allowed.
         """
         exact = self.exact + self.extra if adapter else self.exact
-        low = 0.5 * (self.x @ self.lora_A.T) @ self.lora_B.T
-        plain = self.plain + low if adapter else self.plain
+        plain = self.plain + self.low() if adapter else self.plain
         allowed = KERNEL_ERROR_RATIO * (plain.double() - exact).norm()
         rounding = torch.finfo(y.dtype).eps / 2 * (self.size + exact.abs()).norm()
         assert (y.double() - exact).norm() <= torch.maximum(allowed, rounding)

@@ -1,16 +1,20 @@
 """Five members on one 2-bit backbone against one: memory, time, and what averaging gains.
 
-    python benchmarks/compare/ensemble.py --decoder MODEL --encoder MODEL --data FOLDER --work DIR
-        [--tasks rte dream] [--members 5] [--seconds 190] [--device cuda] [--keys KEY=VALUE ...]
+    python benchmarks/compare/ensemble.py --work DIR [--decoder MODEL] [--encoder MODEL]
+        [--tasks mrpc dream] [--ranks 16 8] [--members 5] [--processes 1] [--seconds 190]
+        [--data FOLDER] [--device cuda] [--keys KEY=VALUE ...]
 
 Decoding is at batch 1 from a static cache, one CUDA graph a token; one member has its adapter
 folded into the packed product (`prepare_for_inference`), the ensemble runs five sequences whose
 next-token probabilities are averaged. Reading is one forward over a prompt, bound by arithmetic.
 Weights do not decide the speed, so that the decoder's members are the start in other factors.
-Memory is what the model takes on the device, and apart from it the cache of 1024 tokens with its
-graph; on a CPU, the model's own tensors. The
-members of a task are trained one after the other and scored in one pass; KEY=VALUE are options of
-`train --task` for them. What there is no time for is left out and said.
+
+Weights are the bytes of the model's tensors, each counted once; one member has its adapter as PEFT
+loads it, in float32, and in a row of its own in the 16 bits that members are held in. The cache of
+1024 tokens is what the device allocates with its graph, apart from the libraries' workspaces.
+
+The members of a task are trained by PROCESSES processes side by side and scored in one pass;
+KEY=VALUE are options of `train --task` for them. What there is no time for is left out and said.
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,76 +42,78 @@ from loftq.integrations.inference import prepare_for_inference
 from loftq.lab.ensemble import score_ensemble
 from loftq.lab.ensemble.picture import draw_reliability
 from loftq.nn.members import for_members
-from loftq.tasks import find_task, train_task
+from loftq.tasks import find_task
 from loftq.tasks.kinds.batches import in_batches, on_device, scoring
 from loftq.tasks.lengths import reading_length
 from loftq.tasks.opening import Opened, open_for_task, open_members
 from loftq.tasks.sources import read_split, some
 
 BEGUN = time.monotonic()
+SCORING = 25  # seconds kept for it, and for the passes that are timed
 
 
-def decoding(model: Path, folder: Path, members: int, device: str, tokens: int) -> list[dict]:
+def decoding(
+    model: Path, folder: Path, rank: int, members: int, device: str, tokens: int
+) -> Iterator[dict[str, Any]]:
     """Milliseconds a token and of a prompt, bytes: one member, and all in one model."""
-    out = packed(model, folder, device)
-    for seed in range(members):
-        if not (folder / f"starts/{seed}/base.json").is_file():
-            rotated_start(out, folder / f"starts/{seed}", seed=seed)
+    out = packed(model, folder, rank, device)
     names = [f"starts/{seed}" for seed in range(members)]
+    for seed, name in enumerate(names):
+        if not (folder / name / "base.json").is_file():
+            rotated_start(out, folder / name, seed=seed)
     (folder / "ensemble.json").write_text(json.dumps({"members": names}))
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    return [
-        {"part": "decode", "members": count, **_decoded(path, device, dtype, tokens)}
-        for count, path in ((1, folder / "starts/0"), (members, folder))
-    ]
+    one = folder / names[0]
+    for count, path, narrow in ((1, one, False), (1, one, True), (members, folder, False)):
+        found = _decoded(path, device, tokens, narrow=narrow)
+        yield {"part": "decode", "rank": rank, "members": count, **found}
 
 
-def packed(model: Path, folder: Path, device: str) -> Path:
-    """The model at 2 bits, rank 16."""
+def packed(model: Path, folder: Path, rank: int, device: str) -> Path:
+    """The model at 2 bits."""
     out = folder / "out"
     if not (out / "loftq.json").is_file():
-        loftq.quantize(model, out, bits=2, rank=16, device=device)
+        loftq.quantize(model, out, bits=2, rank=rank, device=device)
     return out
 
 
-def _decoded(path: Path, device: str, dtype: str, tokens: int) -> dict[str, float]:
+def _decoded(path: Path, device: str, tokens: int, *, narrow: bool) -> dict[str, Any]:
     with fresh(device):
-        opened = open_causal(path, device=device, dtype=dtype)
+        opened = open_causal(path, device=device, dtype="bfloat16" if device == "cuda" else "auto")
+        if narrow:
+            for name, tensor in named_tensors(opened.model):
+                if is_factor(name):
+                    tensor.data = tensor.data.to(torch.bfloat16)
         prepare_for_inference(opened.model)
-        held = allocated(opened.model, device)
-        decoder = GraphDecoder(opened.model, max_length=1024)
         vocabulary = opened.model.get_input_embeddings().num_embeddings
         prompt = (torch.arange(512, device=device) % vocabulary)[None]
-        logits = decoder.prefill(prompt)
-        step = timed(lambda: decoder.step(logits.argmax(-1)), tokens, device)
-        more = allocated(opened.model, device) - held
         with torch.no_grad():
             read = timed(lambda: opened.model(input_ids=prompt, logits_to_keep=1), 10, device)
-        return {"ms_token": step, "ms_prompt_512": read, "mb": held / 1e6, "mb_cache": more / 1e6}
+        before = allocated(device)
+        decoder = GraphDecoder(opened.model, max_length=1024)
+        logits = decoder.prefill(prompt)
+        step = timed(lambda: decoder.step(logits.argmax(-1)), tokens, device)
+        more = allocated(device) - before
+        dtypes = {t.dtype for name, t in named_tensors(opened.model) if is_factor(name)}
+        return {
+            "adapter": ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+            "ms_token": step, "ms_prompt_512": read, "mb": held(opened.model) / 1e6,
+            "mb_cache": more / 1e6, "fused": decoder.not_fused or "yes",
+        }  # fmt: skip
 
 
 def on_task(
-    model: Path, task: str, folder: Path, members: int, device: str, data: Path, until: float,
-    options: dict[str, Any],
-) -> list[dict]:  # fmt: skip
-    """Members trained as long as there is time, their scores, time and memory of a pass."""
-    out, runs, spent = packed(model, folder, device), [], []
-    for seed in range(members):
-        # A member takes as long as the one before; scoring them all about as long as one.
-        if spent and time.monotonic() - BEGUN + 2 * max(spent) > until:
-            print(f"{task}: no time for members {seed} to {members - 1}", flush=True)
-            break
-        begun = time.monotonic()
-        start, run = folder / f"starts/{seed}", folder / f"{task}/{seed}"
-        if not (start / "base.json").is_file():
-            rotated_start(out, start, seed=seed)
-        train_task(start, task, run, data=data, device=device, seed=seed, **options)
-        runs.append(run)
-        spent.append(time.monotonic() - begun)
-        print(f"{task}: member {seed} in {spent[-1]:.0f} s", flush=True)
+    model: Path, task: str, folder: Path, members: int, processes: int, device: str, data: Path,
+    until: float, keys: list[str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Scores of the members that there was time to train, time and memory of a pass."""
+    out = packed(model, folder, 16, device)
+    train(out, task, folder / task, members, processes, device, data, until - SCORING, keys)
+    runs = [folder / task / f"members/{seed}" for seed in range(members)]
+    runs = [run for run in runs if (run / "task.json").is_file()]
     if len(runs) < 2:
-        return [{"part": task, "members": len(runs), "missing": "no time for two members"}]
-    outside = ["mrpc"] if task == "rte" else []
+        yield {"part": task, "members": len(runs), "missing": "no time for two members"}
+        return
+    outside = ["rte"] if task == "mrpc" else []
     found = score_ensemble(runs, task, data=data, device=device, outside=outside)
     draw_reliability(found, folder / f"{task}.png")
     (folder / f"{task}.json").write_text(json.dumps(found.to_dict(), indent=1))
@@ -114,11 +123,35 @@ def on_task(
     }
     whole = {name: getattr(found.ensemble, name) for name in means}
     one, all_of_them = _passes(runs, task, data, device)
-    return [
-        {"part": task, "members": 1, **means, **one},
-        {"part": task, "members": len(runs), **whole, "ece_interval": found.ensemble.ece_interval,
-         "disagreement": found.disagreement, "divergence": found.divergence, **all_of_them},
+    yield {"part": task, "rank": 16, "members": 1, **means, **one}
+    yield {"part": task, "rank": 16, "members": len(runs), **whole,
+           "ece_interval": found.ensemble.ece_interval, "disagreement": found.disagreement,
+           "divergence": found.divergence, **all_of_them}  # fmt: skip
+
+
+def train(
+    out: Path, task: str, folder: Path, members: int, processes: int, device: str, data: Path,
+    until: float, keys: list[str],
+) -> None:  # fmt: skip
+    """`loftq lab ensemble` in processes that share its members; stopped when there is no time."""
+    command = [
+        sys.executable, "-W", "ignore", "-m", "loftq", "lab", "ensemble", str(out), "--task", task,
+        "-o", str(folder), "--members", str(members), "--device", device, *keys,
     ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = []
+    for place in range(processes):
+        with (folder / f"{place}.log").open("w") as log:
+            environment = {**os.environ, "LOFTQ_DATA": str(data)}
+            begun.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    for process in begun:
+        try:
+            process.wait(max(0.0, until - (time.monotonic() - BEGUN)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.returncode > 0:
+            print((folder / f"{begun.index(process)}.log").read_text()[-2000:], flush=True)
 
 
 def _passes(runs: list[Path], task: str, data: Path, device: str) -> list[dict[str, float]]:
@@ -132,8 +165,7 @@ def _passes(runs: list[Path], task: str, data: Path, device: str) -> list[dict[s
             )  # fmt: skip
             opened.model.to(device).eval()
             spent = timed(lambda: _pass(opened, chosen, rows, count), 3, device)  # noqa: B023
-            held = allocated(opened.model, device)
-            found.append({"ms_row": spent / len(rows), "mb": held / 1e6})
+            found.append({"ms_row": spent / len(rows), "mb": held(opened.model) / 1e6})
     return found
 
 
@@ -168,12 +200,28 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def allocated(model: torch.nn.Module, device: str) -> int:
-    """Bytes on the device, or of the model's tensors on a CPU."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated()
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
+def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor is A or B of an adapter."""
+    return "lora_" in name or "stacked_" in name
+
+
+def held(model: torch.nn.Module) -> int:
+    """Bytes of the model's tensors; what is shared counts once."""
+    storages = [t.untyped_storage() for _, t in named_tensors(model)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def allocated(device: str) -> int:
+    """Bytes on the device without the workspaces of cuBLAS, which a graph has of its own too."""
+    if device != "cuda":
+        return 0
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
 
 
 @contextlib.contextmanager
@@ -192,30 +240,31 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--data", type=Path, help="laid out as LOFTQ_DATA")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="*", default=["rte", "dream"])
+    parser.add_argument("--tasks", nargs="*", default=["mrpc", "dream"])
+    parser.add_argument("--ranks", nargs="*", type=int, default=[16, 8], help="of the decoder")
     parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1, help="that train side by side")
     parser.add_argument("--tokens", type=int, default=100, help="steps that are timed")
     parser.add_argument("--seconds", type=float, default=190)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    options = {key: json.loads(value) for key, value in (word.split("=") for word in given.keys)}
     given.work.mkdir(parents=True, exist_ok=True)
-    parts: list[tuple[str, Callable[[float], list[dict]]]] = []
-    if given.decoder:
-        where = given.work / "decoder"
-        parts.append(("decode", lambda until: decoding(
-            given.decoder, where, given.members, given.device, given.tokens)))  # fmt: skip
+    parts: list[tuple[str, Callable[[float], Iterator[dict[str, Any]]]]] = []
+    for rank in given.ranks if given.decoder else ():
+        where = given.work / f"decoder-{rank}"
+        parts.append((f"decode r={rank}", lambda until, rank=rank, where=where: decoding(
+            given.decoder, where, rank, given.members, given.device, given.tokens)))  # fmt: skip
     for task in given.tasks if given.encoder else ():
         parts.append((task, lambda until, task=task: on_task(
-            given.encoder, task, given.work / "encoder", given.members, given.device, given.data,
-            until, options)))  # fmt: skip
-    rows: list[dict] = []
+            given.encoder, task, given.work / "encoder", given.members, given.processes,
+            given.device, given.data, until, given.keys)))  # fmt: skip
+    rows: list[dict[str, Any]] = []
     for place, (name, part) in enumerate(parts):
         now = time.monotonic() - BEGUN
         until = now + (given.seconds - now) / (len(parts) - place)
         try:
-            rows += part(until)
+            rows.extend(part(until))
         except Exception as error:  # the other parts are still worth having
             rows.append({"part": name, "missing": f"{type(error).__name__}: {error}"})
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -225,15 +274,6 @@ def main() -> None:
     for row in rows:
         shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
         print("  ".join(shown))
-    measured = {(row["part"], row["members"] > 1): row for row in rows if "missing" not in row}
-    for name, _ in parts:
-        one, many = measured.get((name, False)), measured.get((name, True))
-        if one is not None and many is not None:
-            keys = [
-                k for k in ("mb", "mb_cache", "ms_token", "ms_prompt_512", "ms_row") if k in one
-            ]
-            ratios = ", ".join(f"{key} x{many[key] / one[key]:.2f}" for key in keys if one[key])
-            print(f"{name}: {many['members']} members / one: {ratios}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from transformers import (
 from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.fused_step import FusedStep, why_not_fused
 from loftq.integrations.guard import guard_adapter
+from loftq.integrations.members import average_
 from loftq.nn import pack_layer
+from loftq.nn.members import attach_members_
 from packed_folder import quantize
 from tolerances import KERNEL_ERROR_RATIO, MERGE_LOGITS
 
@@ -75,6 +77,37 @@ def test_steps_have_the_logits_of_transformers(kind, adapter, prompts):
             token = wanted.argmax(-1)
 
 
+def ensemble(dtype=torch.float32, members=3):
+    """The tiny Llama with random adapters of several members, averaged."""
+    model = make("llama", dtype, adapter=False)
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for path, layer in model.named_modules():
+        if path.rsplit(".", 1)[-1] in TARGETS:
+            shapes = (members, 4, layer.in_features), (members, layer.out_features, 4)
+            factors[path] = [
+                (0.3 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes
+            ]
+    attach_members_(model, factors, {}, scaling=0.5)
+    average_(model, members)
+    return model
+
+
+def test_members_take_the_steps_of_one_model(prompts):
+    model = ensemble()
+    stock, fused = (
+        GraphDecoder(model, batch=2, max_length=16, fused=kind) for kind in (False, True)
+    )
+    assert fused.not_fused == ""
+    token = stock.prefill(prompts).argmax(-1)
+    fused.prefill(prompts)
+    for _ in range(5):
+        wanted = stock.step(token)
+        assert torch.allclose(wanted.exp().sum(-1), torch.ones(2), atol=1e-4)
+        assert (fused.step(token) - wanted).abs().max() <= MERGE_LOGITS
+        token = wanted.argmax(-1)
+
+
 @torch.no_grad()
 def test_what_is_not_known_is_left_to_transformers_and_said(prompts):
     assert "slides over 4 tokens" in why_not_fused(make("mistral", sliding_window=4))
@@ -105,10 +138,12 @@ def test_overlap_is_refused_where_launches_cannot():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "ensemble"])
 def test_captured_steps_are_as_exact_as_transformers_in_16_bits(kind, prompts):
-    exact = make(kind).cuda()
-    model = make(kind, torch.bfloat16).cuda()
+    exact, model = (
+        (ensemble(dtype) if kind == "ensemble" else make(kind, dtype)).cuda()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     decoders = {
         "exact": GraphDecoder(exact, batch=2, max_length=16, fused=False),
         "stock": GraphDecoder(model, batch=2, max_length=16, fused=False),

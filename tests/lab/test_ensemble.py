@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from loftq.lab.compare.standin import tiny
 from loftq.lab.compare.standin_rows import words, write_rows
 from loftq.lab.ensemble import Follower, score_ensemble, train_ensemble
 from loftq.lab.ensemble.result import result_of
+from loftq.lab.locks import Locks
 from loftq.tasks import TaskError, evaluate, train_task
 
 pytest.importorskip("datasets")
@@ -140,6 +142,23 @@ def test_an_interrupted_ensemble_says_what_is_missing_and_goes_on(
     )
     assert [result.already_finished for result in ended] == [True, False]
     assert all(result.summary["seconds"] > 0 for result in ended)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_member_that_another_process_trains_comes_last(place: Path, tmp_path: Path) -> None:
+    begun: list[int] = []
+    short = {**LITTLE, "max_steps": 1, "eval_steps": 1, "data": place / "data", "device": "cpu"}
+    with ExitStack() as other:
+        assert other.enter_context(Locks(tmp_path).free("0"))
+        follower = Follower(
+            begun=lambda seed, place, total: begun.append(seed),
+            ended=lambda result: other.close(),
+        )
+        found = train_ensemble(
+            place / "out", "rte", tmp_path, members=3, follower=follower, **short
+        )
+    assert begun == [1, 2, 0]
+    assert len(found.members) == 3
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -113,6 +113,45 @@ def check_groups():
                 problem.check(part, adapter=adapter)
 
 
+def check_stacked(device, dtype):
+    """Tokens with adapters of their own in one launch are each as with its adapter alone."""
+    from loftq.ops.triton.linear import small_linears
+
+    if device == "cpu":
+        import ptx
+
+        ptx.teach_triton()
+    for stacked, rank, tokens in ((2, 5, 2), (3, 16, 6), (5, 8, 5)):
+        problems, members = stacks("nf4", dtype, device, stacked, rank, tokens)
+        y = small_linears(problems[0].x, members)
+        for problem, part in zip(problems, y.split((33, 16), 1), strict=True):
+            problem.check(part, adapter=True)
+
+
+def stacks(name, dtype, device, stacked, rank, tokens):
+    """Two problems of one input whose tokens are dealt out to `stacked` adapters."""
+    problems = [Stacked(name, n, 192, tokens, dtype, device, stacked * rank) for n in (33, 16)]
+    for problem in problems:
+        problem.stack(stacked)
+    members = [Member(*p.packed[:4], p.packed[4:], *p.adapter, stacked) for p in problems]
+    return problems, members
+
+
+class Stacked(Problem):
+    """A problem each of whose tokens has its own part of the rank."""
+
+    def stack(self, stacked):
+        tokens, rank = len(self.x), len(self.lora_A)
+        token = torch.arange(tokens, device=self.x.device) // (tokens // stacked)
+        row = torch.arange(rank, device=self.x.device) // (rank // stacked)
+        self.own = token[:, None] == row
+        ax = self.own * (self.x.double() @ self.lora_A.double().T)
+        self.extra = 0.5 * ax @ self.lora_B.double().T
+
+    def low(self):
+        return 0.5 * (self.own * (self.x @ self.lora_A.T)) @ self.lora_B.T
+
+
 def check_trial():
     """The trial passes the kernels, and fails each one of them that is a little off."""
     from loftq.ops.triton import decode_probe as probe
@@ -139,7 +178,8 @@ def group(name, dtype, device, rows, tokens=3):
 
 
 @pytest.mark.parametrize(
-    "check", ["check_elementwise", "check_attention", "check_groups", "check_trial"]
+    "check",
+    ["check_elementwise", "check_attention", "check_groups", "check_stacked", "check_trial"],
 )
 def test_kernels_are_as_exact_as_pytorch_interpreted(check):
     pytest.importorskip("triton", reason="needs triton")
@@ -161,6 +201,13 @@ def test_a_group_is_its_members_side_by_side():
         problem.check(part, adapter=True)
 
 
+def test_stacked_adapters_are_each_for_its_own_tokens():
+    problems, members = stacks("nf4", torch.float32, "cpu", 3, 4, 6)
+    y = linears(problems[0].x, members)
+    for problem, part in zip(problems, y.split((33, 16), 1), strict=True):
+        problem.check(part, adapter=True)
+
+
 def test_what_takes_a_launch_each_is_said():
     members, problems = group("nf4", torch.float16, "cpu", (16, 16))
     x = problems[0].x
@@ -176,6 +223,7 @@ def test_kernels_are_as_exact_as_pytorch(dtype, poisoned):
     assert why_no_decode_kernels(torch.ones(1, device="cuda", dtype=dtype)) == ""
     check_elementwise("cuda", dtype)
     check_attention("cuda", dtype)
+    check_stacked("cuda", dtype)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,9 @@
 """Training held near its start: the divergence by hand, and its pull on a run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +12,8 @@ import torch
 from torch.nn.functional import kl_div
 from transformers.modeling_outputs import CausalLMOutput, QuestionAnsweringModelOutput
 
+import loftq
+from loftq.integrations.metrics import read_metrics
 from loftq.lab.compare.recipe import load_recipe
 from loftq.lab.compare.standin import tiny
 from loftq.lab.compare.standin_rows import words, write_rows
@@ -87,3 +92,42 @@ def moved(run: Path, work: Path) -> float:
     ]
     pairs = zip(found, before, strict=True)
     return max(abs(a["nats"] / a["tokens"] - b["nats"] / b["tokens"]) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_two_processes_are_held_as_one_is(tmp_path: Path) -> None:
+    """Rows of unequal length: a token counts the same, whichever process has it."""
+    pytest.importorskip("datasets")
+    model = tiny(load_recipe("smollm2-gsm8k").architecture, tmp_path / "model", words())
+    data = write_rows(["gsm8k-loss"], tmp_path / "data")
+    options = {
+        **LITTLE,
+        "max_steps": 6,
+        "eval_steps": 6,
+        "learning_rate": 5e-2,
+        "train_rows": 12,
+        "kl": 20.0,
+    }
+    loftq.quantize(model, tmp_path / "out", bits=2, rank=4, device="cpu")
+    keys = {**options, "batch_size": 2}
+    del keys["rank"], keys["bits"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "loftq", "train", tmp_path / "out", "--task", "gsm8k-loss", "-o", tmp_path / "two",
+         "--device", "cpu", *(f"{key}={value}" for key, value in keys.items())],
+        capture_output=True, text=True, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LOFTQ_DATA": str(data)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    keys["batch_size"] = 4
+    for name, kl in (("one", options["kl"]), ("free", 0.0)):
+        train_task(
+            tmp_path / "out", "gsm8k-loss", tmp_path / name, data=data, device="cpu",
+            **{**keys, "kl": kl},
+        )  # fmt: skip
+    one, two, free = (
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl").train]
+        for name in ("one", "two", "free")
+    )
+    assert two == pytest.approx(one, abs=2e-4)
+    assert max(abs(a - b) for a, b in zip(one, free, strict=True)) > 2e-2, "the term is not felt"

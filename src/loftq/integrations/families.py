@@ -7,6 +7,7 @@ when it is of transformers' own class: a class of the same shape may compute som
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from loftq.integrations.guard import is_guard
@@ -21,13 +22,16 @@ def without_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def why_no_family(base: Any, capacity: int | None = None) -> str:
+def why_no_family(
+    base: Any, capacity: int | None = None, known: Callable[[object], bool] = is_guard
+) -> str:
     """Reason that the layers of a transformers model have to run by themselves, or "".
 
     Args:
         base: without PEFT around it.
         capacity: tokens that the cache is to hold; an attention that slides over as many or more
             reads all of them. None = a window of any length is refused.
+        known: whether a hook need not run: it computes nothing, or the caller does what it does.
     """
     import transformers
 
@@ -42,7 +46,7 @@ def why_no_family(base: Any, capacity: int | None = None) -> str:
         return f"its attention slides over {window} tokens, {wanted}"
     for path, module in base.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if not all(is_guard(hook) for hook in hooks):
+        if not all(known(hook) for hook in hooks):
             return f"{path or name} has hooks, which would not run"
     return ""
 

@@ -3,7 +3,8 @@
 A layer of Llama takes transformers and PEFT about sixty launches for a token, of which most move a
 few thousand values. Here it takes fourteen: q, k, v in one packed product with their adapters, gate
 and up in another, and small kernels between (ops/decoding.py). Weights, adapters and the static
-cache are the model's own; nothing is copied and the model stays as it is.
+cache are the model's own; nothing is copied and the model stays as it is. Members of an ensemble
+(members.py) take the same launches: their sequences go side by side.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from loftq.integrations.families import READ_ONE_INPUT, why_no_family, without_peft
-from loftq.integrations.inference import active_adapter, why_not_folded
+from loftq.integrations.guard import is_guard
+from loftq.integrations.inference import active_adapter, why_not_folded, why_turned
+from loftq.integrations.members import averaged_members, is_average, log_mean
 from loftq.nn import QuantLinear
+from loftq.nn.members import MemberLinear
 from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap
 from loftq.ops.few_tokens import Member
@@ -41,7 +45,7 @@ class _Layer:
 def why_not_fused(model: Any) -> str:
     """Reason that transformers' own forward decodes this model's tokens, or ""."""
     base = without_peft(model)
-    if why := why_no_family(base):
+    if why := why_no_family(base, known=_known):
         return why
     attention = base.model.layers[0].self_attn
     if attention.head_dim not in (32, 64, 128, 256):
@@ -77,11 +81,12 @@ class FusedStep:
         if overlap and not may_overlap(device):
             raise ValueError(f"overlap=True: launches on {device} cannot overlap; leave it off.")
         self.overlap = overlap
+        self.members = averaged_members(base)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(batch, 1) token ids -> logits (batch, vocab)."""
-        caches = self.cache.layers
+        """(batch, 1) token ids -> logits (batch, vocab), of members log of the mean."""
+        caches, tokens = self.cache.layers, tokens.repeat(self.members, 1)
         position = caches[0].cumulative_length
         x = self.model.embed_tokens(tokens)
         cos, sin = self.model.rotary_emb(x, position_ids=position.view(1, 1))
@@ -94,7 +99,8 @@ class FusedStep:
             x, delta, final.weight, final.variance_epsilon, overlap=self.overlap
         )
         torch._foreach_add_([cache.cumulative_length for cache in caches], 1)
-        return self.head(x)
+        logits = self.head(x)
+        return logits if self.members == 1 else log_mean(logits, self.members)
 
     def _layer(
         self,
@@ -152,8 +158,13 @@ def _bias(layers: list[QuantLinear]) -> Tensor | None:
     ])  # fmt: skip
 
 
+def _known(hook: object) -> bool:
+    return is_guard(hook) or is_average(hook)
+
+
 def _packed(module: Any) -> QuantLinear:
-    return getattr(module, "base_layer", module)
+    name = "base" if isinstance(module, MemberLinear) else "base_layer"
+    return getattr(module, name, module)
 
 
 def _member(module: Any) -> Member:
@@ -161,6 +172,8 @@ def _member(module: Any) -> Member:
     stored = (base.weight_packed, base.weight_scale, base.weight_zero, base.weight_nested)
     if base is module:
         return Member(*stored, base.layout)
+    if isinstance(module, MemberLinear):
+        return Member(*stored, base.layout, module.stacked_A, module.stacked_B, 1.0, module.members)
     name = active_adapter(module)
     A, B = module.lora_A[name].weight, module.lora_B[name].weight
     return Member(*stored, base.layout, A, B, module.scaling[name])
@@ -170,7 +183,10 @@ def _why_no_member(name: str, module: nn.Module) -> str:
     base: Any = _packed(module)
     if type(base) is not QuantLinear:
         return f"{type(base).__name__} is no packed linear layer"
-    if base is not module and (why := why_not_folded(module)):
+    if why := why_turned(base):
+        return why
+    adapted = base is not module and not isinstance(module, MemberLinear)
+    if adapted and (why := why_not_folded(module)):
         return why
     if base.bias is not None and name not in READ_ONE_INPUT:
         return "it has a bias, the kernels add those of q, k and v"

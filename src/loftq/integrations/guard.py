@@ -77,7 +77,7 @@ def _has_start(model: nn.Module) -> bool:
         factors = [*getattr(module, "lora_B", {}).values()]
         weights = [factor.weight for factor in factors if isinstance(factor, nn.Linear)]
         weights += [*getattr(module, "lora_embedding_A", {}).values()]
-        weights += [module.up] if isinstance(module, MemberLinear) else []
+        weights += [module.stacked_B] if isinstance(module, MemberLinear) else []
         if any(weight.is_meta or bool(weight.detach().any()) for weight in weights):
             return True
     config = getattr(getattr(model, "config", None), "quantization_config", None)

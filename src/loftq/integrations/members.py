@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,23 +118,44 @@ def average_(model: Any, members: int) -> tuple[Any, ...]:
             f"{type(model).__name__}: predicts a number; probabilities are averaged."
         )
 
-    def repeat(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return (
+        model.register_forward_pre_hook(_Repeat(members), with_kwargs=True),
+        model.register_forward_hook(_Average(members), with_kwargs=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    members: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
             args, kwargs = (), {"input_ids": args[0], **kwargs}
         # The loss of the mean is not the mean of the losses: the model is to find neither.
         kept = {name: value for name, value in kwargs.items() if name != "labels"}
-        return args, kept | _repeated({n: kept[n] for n in BY_ROW if n in kept}, members)
+        return args, kept | _repeated({n: kept[n] for n in BY_ROW if n in kept}, self.members)
 
-    def average(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+
+@dataclass(frozen=True)
+class _Average:
+    members: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         for name in PREDICTED:
             if output.get(name) is not None:
-                output[name] = log_mean(output[name], members)
+                output[name] = log_mean(output[name], self.members)
         return output
 
-    return (
-        model.register_forward_pre_hook(repeat, with_kwargs=True),
-        model.register_forward_hook(average, with_kwargs=True),
-    )
+
+def is_average(hook: object) -> bool:
+    """Whether a hook of a forward is one of `average_`."""
+    return isinstance(hook, _Repeat | _Average)
+
+
+def averaged_members(model: nn.Module) -> int:
+    """M if a forward of the model gives the mean of M members, else 1."""
+    found = [hook.members for hook in model._forward_hooks.values() if isinstance(hook, _Average)]
+    return found[0] if found else 1
 
 
 def log_mean(logits: Tensor, members: int) -> Tensor:

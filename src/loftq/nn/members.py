@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from loftq.ops.groups import add_stacked
+
 
 class MemberLinear(nn.Module):
     """y_m = W x_m + s B_m A_m x_m for every member m.
@@ -23,10 +25,10 @@ class MemberLinear(nn.Module):
         scaling: s, the factor before B A.
     """
 
-    down: Tensor
-    """Aᵀ of all members, (members, in_features, rank): both are transposed once."""
-    up: Tensor
-    """s Bᵀ of all members, (members, rank, out_features)."""
+    stacked_A: Tensor
+    """A of all members one below the other, (members x rank, in_features)."""
+    stacked_B: Tensor
+    """s B of all members side by side, (out_features, members x rank)."""
 
     def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         super().__init__()
@@ -36,22 +38,14 @@ class MemberLinear(nn.Module):
                 "in_features) and (members, out_features, rank)."
             )
         self.base = base
-        self.register_buffer("down", lora_A.mT.contiguous(), persistent=False)
-        self.register_buffer("up", (scaling * lora_B).mT.contiguous(), persistent=False)
-
-    @property
-    def members(self) -> int:
-        """How many."""
-        return len(self.down)
+        self.members = len(lora_A)
+        beside = (scaling * lora_B).transpose(0, 1).flatten(1)
+        self.register_buffer("stacked_A", lora_A.flatten(0, 1).contiguous(), persistent=False)
+        self.register_buffer("stacked_B", beside.contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (members x rows, ..., in_features) -> (members x rows, ..., out_features)."""
-        y: Tensor = self.base(x)
-        own = (self.members, -1)
-        rows = x.reshape(*own, x.shape[-1]).to(self.down.dtype)
-        each = y.reshape(*own, y.shape[-1]).to(self.down.dtype)
-        # Two launches beside the base's: at one token a step takes as long as its launches.
-        return torch.baddbmm(each, torch.bmm(rows, self.down), self.up).view(y.shape).to(y.dtype)
+        return add_stacked(self.base(x), x, self.stacked_A, self.stacked_B, self.members)
 
 
 class MemberModules(nn.Module):

@@ -21,6 +21,9 @@ class Member(NamedTuple):
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     scaling: float = 1.0
+    stacked: int = 1
+    """Adapters along the rank: A (stacked x r, in), B (out, stacked x r). The tokens are theirs in
+    equal parts, in order."""
 
     @property
     def rank(self) -> int:

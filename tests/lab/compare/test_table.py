@@ -82,15 +82,29 @@ def test_the_table_says_it_all() -> None:
     rows += [row(LOFTQ, 0, 12.345, "wikitext2")]
     text = markdown(compare(read_recipe("test", TEXT), rows))
     lines = text.splitlines()
-    head = "| method | format | rank | bits | MB | rte (accuracy) | wikitext2 (perplexity) |"
+    head = "| method | format | rank | bits | MB | min | rte (accuracy) | wikitext2 (perplexity) |"
     assert head in lines
-    qlora = "| `qlora` | nf2-g64 | 4 | 2.13 | 3.5 | 51.0 (50.0 to 52.0), n=3 [55.90] | [N.A.] |"
+    qlora = (
+        "| `qlora` | nf2-g64 | 4 | 2.13 | 3.5 | 3.0 | 51.0 (50.0 to 52.0), n=3 [55.90] | [N.A.] |"
+    )
     assert qlora in lines
-    assert "| `loftq` | nf2-g64 | 4 | 2.13 | 3.5 | 61.0 (60.0 to 62.0), n=3 | 12.35, n=1 |" in lines
-    assert "| `lora16` | 16 bits | 4 |  |  |  |  |" in lines
+    assert (
+        "| `loftq` | nf2-g64 | 4 | 2.13 | 3.5 | 4.0 | 61.0 (60.0 to 62.0), n=3 | 12.35, n=1 |"
+        in lines
+    )
+    assert "| `lora16` | 16 bits | 4 |  |  |  |  |  |" in lines
     assert "| `loftq` | nf2-g64 | 4 | +10.0 (+10.0 to +10.0), 3/3 |  |" in lines
     assert "7 of 18 cells, 7 min 00 s of training and evaluation." in text
     assert "Machine: a GPU, torch 2.11, 2026-01-01 (7 cells)." in lines
+
+
+def test_how_uncertain_one_run_is_by_its_examples_is_said() -> None:
+    recipe = read_recipe("test", TEXT)
+    spans = [(0.5, 0.6), (0.4, 0.6), (0.0, 1.0)]
+    rows = [row(QLORA, seed, 0.55, interval=span) for seed, span in enumerate(spans)]
+    told = "95 % of a single run for other examples of the kind (median of the runs): rte ±10.0."
+    assert told in markdown(compare(recipe, rows))
+    assert "single run" not in markdown(compare(recipe, [row(QLORA, 0, 0.55)]))
 
 
 def test_the_arm_to_compare_with_can_be_chosen() -> None:

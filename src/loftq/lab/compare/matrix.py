@@ -14,24 +14,20 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from loftq.checkpoint.durable import ProcessLock, publish, write_partial
-from loftq.checkpoint.header import CheckpointError
+from loftq.checkpoint.durable import publish, write_partial
 from loftq.lab.compare.cells import Cell, cells
 from loftq.lab.compare.machine import describe_machine
 from loftq.lab.compare.recipe import CompareRecipe
 from loftq.lab.compare.store import DIVERGED, DONE, FAILED, Bytes, Row, RowStore
 from loftq.lab.compare.table import Comparison, compare, markdown
+from loftq.lab.locks import LOCKS, PATIENCE, Locks
 from loftq.train.base import is_made
 from loftq.train.errors import Diverged
-
-LOCKS = "locks"
-PATIENCE = 0.5  # seconds between looks at what another process is doing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +116,7 @@ def run_comparison(
         if row is not None and (row.status == DONE or not retry):
             _tidy(folders.run(cell))  # a kill may have come between the row and this
             continue
-        with folders.locked(cell.name) as ours:
+        with folders.locks.free(cell.name) as ours:
             row = folders.store.find(cell)
             if not ours or (row is not None and (row.status == DONE or not retry)):
                 continue  # another process has it, or has made it meanwhile
@@ -135,7 +131,7 @@ def run_comparison(
 def write_tables(recipe: CompareRecipe, output: Path, *, against: str | None = None) -> Comparison:
     """table.md, table.json and, where matplotlib is, picture.svg from the rows that are there."""
     folders = Folders(output)
-    with folders.waiting("tables"):
+    with folders.locks.waiting("tables"):
         rows = [row for cell in cells(recipe) if (row := folders.store.find(cell))]
         found = compare(recipe, rows, against=against)
         picture = _picture(found, output / "picture.svg")
@@ -164,30 +160,10 @@ class Folders:
         """Of a cell's quantized model."""
         return None if cell.backbone is None else self.output / "backbones" / cell.backbone
 
-    @contextmanager
-    def locked(self, name: str) -> Iterator[bool]:
-        """Whether the lock of that name is ours; another process's is left alone."""
-        folder = self.output / LOCKS
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = ProcessLock(folder / name)
-        except CheckpointError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
-    @contextmanager
-    def waiting(self, name: str) -> Iterator[None]:
-        """The lock of that name, as soon as nobody else has it."""
-        while True:
-            with self.locked(name) as ours:
-                if ours:
-                    yield
-                    return
-            time.sleep(PATIENCE)
+    @property
+    def locks(self) -> Locks:
+        """Of its cells, its backbones and its tables."""
+        return Locks(self.output)
 
 
 def _row(cell: Cell, folders: Folders, learner: Learner) -> Row:
@@ -220,7 +196,7 @@ def _row(cell: Cell, folders: Folders, learner: Learner) -> Row:
 def _settle(cell: Cell, backbone: Path, folders: Folders, learner: Learner) -> None:
     """Have the backbone made, by this process or by the one that is making it."""
     while not is_made(backbone):
-        with folders.locked(backbone.name) as ours:
+        with folders.locks.free(backbone.name) as ours:
             if ours and not is_made(backbone):
                 learner.quantize(cell, backbone)
         time.sleep(0 if ours else PATIENCE)
@@ -235,7 +211,7 @@ def _claim(recipe: CompareRecipe, folders: Folders) -> None:
             f"{output}: holds files and no comparison, so it will not be written to. Choose "
             "another folder with -o."
         )
-    with folders.waiting("compare"):
+    with folders.locks.waiting("compare"):
         if not file.is_file():
             _write(file, json.dumps(mine, indent=1) + "\n")
     try:

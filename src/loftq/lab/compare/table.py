@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from loftq.lab.compare.cells import Cell, cells
@@ -125,7 +126,7 @@ def markdown(found: Comparison, *, picture: str | None = None) -> str:
                   "(median of the paired differences, smallest to largest, seeds won; positive is "
                   "better):", _paired(found)]  # fmt: skip
     if picture is not None:
-        parts.append(f"![Score against bytes]({picture})")
+        parts.append(f"![The scores]({picture})")
     parts += [_conditions(found), *_failures(found)]
     return "\n\n".join(parts) + "\n"
 
@@ -139,8 +140,14 @@ def _scores(found: Comparison) -> str:
         size = f"{row.bytes.total / 1e6:.1f}" if row and row.bytes else ""
         bits = f"{row.bits_per_weight:.2f}" if row and row.bits_per_weight else ""
         scores = [_score(found, line, task) for task in tasks]
-        body.append([*_names(line), bits, size, *scores])
-    return grid(["method", "format", "rank", "bits", "MB", *heads], body, left=2)
+        body.append([*_names(line), bits, size, _minutes(found, line), *scores])
+    return grid(["method", "format", "rank", "bits", "MB", "min", *heads], body, left=2)
+
+
+def _minutes(found: Comparison, line: Line) -> str:
+    """By the clock, of all runs of a line; nothing before the first."""
+    runs = [sum(row.seconds.values()) for row in found.rows if row.line == line and row.seconds]
+    return f"{sum(runs) / 60:.1f}" if runs else ""
 
 
 def _metric(found: Comparison, task: str) -> str:
@@ -224,12 +231,28 @@ def _conditions(found: Comparison) -> str:
         "A score is the median of the seeds (smallest to largest, number of runs); N.A. did not "
         "converge; [published] where the recipe knows a number. MB is everything that is stored: "
         "packed weights with their scales, the rest of the base at 16 bits, adapters and head in "
-        "float32.",
+        "float32. min is minutes of training and evaluation, of all runs of the line together; "
+        "processes that share a device each take longer.",
         *(f"Machine: {text} ({number} cells)." for text, number in machines.items()),
     ]
     if len(counts) == 1:
         lines.append(f"Every score is over {next(iter(counts))} examples.")
-    return "\n\n".join(lines)
+    return "\n\n".join(lines + _sampling(found))
+
+
+def _sampling(found: Comparison) -> list[str]:
+    """How far a run's score is uncertain by its examples, which no number of seeds shows."""
+    widths: dict[str, list[float]] = {}
+    for row in found.rows:
+        if row.interval is not None and row.status == DONE:
+            widths.setdefault(row.task, []).append((row.interval[1] - row.interval[0]) / 2)
+    if not widths:
+        return []
+    each = ", ".join(
+        f"{task} ±{formatter(_metric(found, task))(median(values))}"
+        for task, values in widths.items()
+    )
+    return [f"95 % of a single run for other examples of the kind (median of the runs): {each}."]
 
 
 def _machine(row: Row) -> str:

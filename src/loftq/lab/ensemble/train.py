@@ -21,6 +21,7 @@ from loftq.lab.ensemble.average import score_by_metrics
 from loftq.lab.ensemble.picture import draw_reliability
 from loftq.lab.ensemble.result import AverageResult, EnsembleResult
 from loftq.lab.ensemble.score import of_probabilities, score_ensemble
+from loftq.lab.locks import Locks
 from loftq.tasks import TaskError, TaskResult, find_task, train_task
 from loftq.tasks.kinds.classification import Probabilities
 from loftq.train.listener import Listener
@@ -110,7 +111,8 @@ def train_members(
     """Fine-tune the members that are not there yet.
 
     Arguments as of `train_ensemble`. The folder can be given to `loftq eval` and, where the model
-    continues text, to `loftq chat`: probabilities of the next token are averaged.
+    continues text, to `loftq chat`: probabilities of the next token are averaged. Several processes
+    with the same call share the members; each waits for all of them.
 
     Returns:
         What each member came to, by seed.
@@ -125,22 +127,37 @@ def train_members(
     _refuse(base, task)
     first = int(options.pop("seed", 0))
     seeds = range(first, first + members)
-    runs = [output / "members" / str(seed) for seed in seeds]
     output.mkdir(parents=True, exist_ok=True)
-    _record(output, task, runs, None)
-    found = []
-    for place, (seed, run) in enumerate(zip(seeds, runs, strict=True), 1):
-        told.begun(seed, place, members)
-        start = output / "starts" / str(seed)
-        if not (start / "base.json").is_file():  # written last
-            shutil.rmtree(start, ignore_errors=True)
-            rotated_start(base, start, seed=seed)
-        result = train_task(
-            start, task, run, data=data, device=device, seed=seed, listener=told.listener, **options
-        )
-        told.ended(result)
-        found.append(result)
-    return found
+    _record(output, task, [_run(output, seed) for seed in seeds], None)
+    locks, found = Locks(output), dict[int, TaskResult]()
+    for held in (locks.free, locks.waiting):  # what another process trains comes last
+        for place, seed in enumerate(seeds, 1):
+            if seed in found:
+                continue
+            with held(str(seed)) as ours:
+                if not ours:
+                    continue
+                told.begun(seed, place, members)
+                found[seed] = train_task(
+                    _start(base, output, seed), task, _run(output, seed),
+                    data=data, device=device, seed=seed, listener=told.listener, **options,
+                )  # fmt: skip
+            told.ended(found[seed])
+    return [found[seed] for seed in seeds]
+
+
+def _run(output: Path, seed: int) -> Path:
+    """Where the member of a seed is trained."""
+    return output / "members" / str(seed)
+
+
+def _start(base: Path, output: Path, seed: int) -> Path:
+    """The start of a member, made if it is not whole; its base.json is written last."""
+    start = output / "starts" / str(seed)
+    if not (start / "base.json").is_file():
+        shutil.rmtree(start, ignore_errors=True)
+        rotated_start(base, start, seed=seed)
+    return start
 
 
 def _refuse(base: Path, task: str) -> None:
@@ -162,5 +179,6 @@ def _record(output: Path, task: str, runs: list[Path], scores: dict[str, Any] | 
     names = [str(run.relative_to(output)) for run in runs]
     record = {"version": 1, "task": task, "members": names, "scores": scores}
     path = output / ENSEMBLE
-    write_partial(path, f"{json.dumps(record, indent=2)}\n".encode())
-    publish(path)
+    with Locks(output).waiting("record"):
+        write_partial(path, f"{json.dumps(record, indent=2)}\n".encode())
+        publish(path)

@@ -51,6 +51,8 @@ def why_not(x: Tensor, members: Sequence[Member]) -> str:
     tokens, columns = x.shape
     if members[0].zero is not None:
         return "the grid has zeros"
+    if any(m.stacked > 1 for m in members):
+        return "adapters are stacked, each for some of the tokens"
     if bits not in (2, 3, 4) or group_size not in (64, 128, 256):
         return f"{bits} bits, groups of {group_size}: it holds 2 to 4 bits, groups of 64 to 256"
     if columns % TILE:

@@ -295,11 +295,11 @@ def _linear(  # type: ignore[no-untyped-def]  # arguments are Triton's
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]
-    x_ptr, a_ptrs, ax_ptr, scalings, tokens, columns, rank,
+    x_ptr, a_ptrs, ax_ptr, scalings, tokens, columns, rank, own_tokens, own_rank,
     BATCH: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(1)` of scaling * A x^T for 16 rows of a member's A, float32 (members, PARTS,
-    tokens, rank)."""
+    tokens, rank); 0 where a row of stacked adapters is not the token's own."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     STEP: tl.constexpr = PARTS * BATCH * 64
     blocks = tl.cdiv(rank, 16)
@@ -329,7 +329,9 @@ def _down(  # type: ignore[no-untyped-def]
     part = member * PARTS + tl.program_id(1)
     place = part * tokens * rank + token[None, :] * rank + row[:, None]
     inside = (row < rank)[:, None] & (token < tokens)[None, :]
-    tl.store(ax_ptr + place, tl.sum(acc, 0) * _of_member(scalings, member), inside)
+    own = (row // own_rank)[:, None] == (token // own_tokens)[None, :]
+    ax = tl.where(own, tl.sum(acc, 0) * _of_member(scalings, member), 0.0)
+    tl.store(ax_ptr + place, ax, inside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,7 +451,7 @@ def _adapters_down(
     x: Tensor, members: Sequence[Member], tokens_of_program: int, overlap: bool
 ) -> Tensor | None:
     """scaling A x^T of every member in PARTS sums, (members, PARTS, tokens, rank); None without."""
-    (tokens, columns), rank = x.shape, members[0].rank
+    (tokens, columns), rank, stacked = x.shape, members[0].rank, members[0].stacked
     if not rank:
         return None
     ax = torch.empty((len(members), PARTS, tokens, rank), dtype=torch.float32, device=x.device)
@@ -457,7 +459,8 @@ def _adapters_down(
     lora_As = tuple(m.lora_A.contiguous() for m in members if m.lora_A is not None)
     _down[grid](
         x, lora_As, ax, tuple(float(m.scaling) for m in members), tokens, columns, rank,
-        BATCH=8, TOKENS=tokens_of_program, PARTS=PARTS, num_warps=8, **options(overlap),
+        tokens // stacked, rank // stacked, BATCH=8, TOKENS=tokens_of_program, PARTS=PARTS,
+        num_warps=8, **options(overlap),
     )  # fmt: skip
     return ax
 
