@@ -35,13 +35,13 @@ class Problem:
     def check(self, y, adapter=False):
         """At most twice the error of the dense product, which rounds W to x's dtype.
 
-        Of a single value that product may come close by chance: what rounding W costs a sum of
-        this length, and rounding y, is always allowed.
+        Of a single value that product may come close by chance: what rounding W's levels costs a
+        sum of this length, and rounding y after it, is always allowed.
         """
         exact = self.exact + self.extra if adapter else self.exact
         plain = self.plain + self.low() if adapter else self.plain
         allowed = KERNEL_ERROR_RATIO * (plain.double() - exact).norm()
-        rounding = torch.finfo(y.dtype).eps / 2 * torch.hypot(self.size, exact).norm()
+        rounding = torch.finfo(y.dtype).eps / 2 * (self.size + exact.abs()).norm()
         assert (y.double() - exact).norm() <= torch.maximum(allowed, rounding)
 
 

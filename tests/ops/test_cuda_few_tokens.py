@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cuda_on_cpu import ROOM, Compiler
+from loftq.ops import dispatch
 from loftq.ops.cuda import few_tokens as module
 from loftq.ops.cuda import plan, probe
 from loftq.ops.cuda.few_tokens import few_tokens, why_not
@@ -24,6 +25,7 @@ CASES = (
     ("sint2-g256-f32", (20,), 512, 5, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf4", (60, 21), 256, 17, MoreTokens(slabs=1, tokens=32)),
     ("nf3", (40,), 512, 64, MoreTokens(slabs=1, tokens=64)),
+    ("snf3-bf16", (1,), 256, 1, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
 )  # fmt: skip
 
@@ -100,6 +102,17 @@ def test_what_it_does_not_hold_is_said(monkeypatch):
     assert "rank 12" in reason(rank=12)
     assert "torch.float16 beside torch.bfloat16" in reason(dtype=torch.float16)
     assert "does not fit" in reason(rows=40000, rank=512)
+
+
+def test_the_dispatcher_says_why_triton_computes_it(monkeypatch):
+    x = torch.zeros(9, 512, dtype=torch.bfloat16)
+    given = members(problems("nf4", (20,), 512, 9, x.dtype, "cpu"), None)
+    assert dispatch.why_no_cuda_product(x, given) == "cpu is no NVIDIA GPU"
+    monkeypatch.setattr(dispatch, "why_no_cuda", lambda device: "")
+    monkeypatch.setattr(plan, "room", lambda device: ROOM)
+    assert dispatch.why_no_cuda_product(x, given) == "9 tokens: above 8 it was not timed yet"
+    assert dispatch.why_no_cuda_product(x[:8], given) == ""
+    assert "in_features=320" in dispatch.why_no_cuda_product(x[:8, :320], given)
 
 
 FORMATS = ("nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f32", "nf2-f16", "snf3-bf16",

@@ -17,6 +17,8 @@ from loftq.ops.reference import PER_TENSOR
 
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
+MOST_TOKENS_CUDA = 8
+"""Tokens that it takes in CUDA C++, which holds 64 too: more were not timed yet."""
 MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
 """The same on a CPU (benchmarks/results/cpu.md), and for weights of at least LARGE_WEIGHT."""
 LARGE_WEIGHT = 1 << 22
@@ -192,6 +194,8 @@ def why_no_cuda_product(x: Tensor, members: Sequence[Any]) -> str:
     CUDA C++'s (ops/cuda)."""
     if why := why_no_cuda(x.device):
         return why
+    if x.shape[0] > MOST_TOKENS_CUDA:
+        return f"{x.shape[0]} tokens: above {MOST_TOKENS_CUDA} it was not timed yet"
     from loftq.ops.cuda.few_tokens import why_not
 
     return why_not(x, members)

@@ -177,9 +177,7 @@ class Plan:
 
 
 LAUNCHES: tuple[Launch, ...] = (
-    FewTokens(warps=8, slab=32, ahead=1, resident=2),
     FewTokens(warps=16, slab=32, ahead=1),
-    FewTokens(warps=8, slab=32, ahead=2),
     FewTokens(warps=16, slab=16, ahead=1),
     *(FewTokens(warps=16, slab=16, ahead=ahead, tokens=16) for ahead in (3, 2, 1)),
     *(
