@@ -1,4 +1,4 @@
-"""Runs the CUDA sources of loftq.ops.cuda on the CPU, one thread of g++'s for each of the GPU's.
+"""Runs the CUDA sources of loftq.ops.cuda on the CPU, the threads of a block taking turns.
 
 Instructions that C++ has no word for are replaced (cuda_on_cpu_sources/instructions.cuh); indexing,
 decoding, the order of operands and the sums are the source's own.
@@ -10,8 +10,10 @@ import subprocess
 from importlib.resources import files
 from pathlib import Path
 
+from loftq.ops.cuda.compiler import HEADERS
+
 HERE = Path(__file__).parent / "cuda_on_cpu_sources"
-ROOM = (3, 200_000)
+ROOM = (4, 232_448)
 """Multiprocessors and shared memory of the machine that is played."""
 
 
@@ -22,9 +24,10 @@ class Compiler:
         self.folder, self._built = folder, {}
 
     def __call__(self, source, name, definitions, device):
-        if definitions not in self._built:
-            self._built[definitions] = self._build(source, definitions)
-        function = getattr(self._built[definitions], f"run_{name}")
+        key = (source, name, definitions)
+        if key not in self._built:
+            self._built[key] = self._build(*key)
+        function = self._built[key].run
 
         def run(grid, threads, arguments, *, shared=0, overlap=False):
             arguments = [
@@ -34,12 +37,13 @@ class Compiler:
 
         return run
 
-    def _build(self, source, definitions):
+    def _build(self, source, name, definitions):
         folder = self.folder / str(len(self._built))
         shutil.copytree(HERE, folder)
-        for name in (source, "decode.cuh"):
-            shutil.copy(str(files("loftq.ops.cuda") / name), folder)
+        for file in (source, *HEADERS[1:]):
+            shutil.copy(str(files("loftq.ops.cuda") / file), folder)
         flags = [f"-D{key}={value}" for key, value in definitions]
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", *flags]
+        flags += [f'-DSOURCE="{source}"', f"-DNAME={name}"]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", *flags]
         subprocess.run([*command, "entry.cc", "-o", "kernels.so"], cwd=folder, check=True)
         return ctypes.CDLL(str(folder / "kernels.so"))

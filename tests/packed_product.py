@@ -36,12 +36,12 @@ class Problem:
         """At most twice the error of the dense product, which rounds W to x's dtype.
 
         Of a single value that product may come close by chance: what rounding W costs a sum of
-        this length is always allowed.
+        this length, and rounding y, is always allowed.
         """
         exact = self.exact + self.extra if adapter else self.exact
         plain = self.plain + self.low() if adapter else self.plain
         allowed = KERNEL_ERROR_RATIO * (plain.double() - exact).norm()
-        rounding = torch.finfo(y.dtype).eps / 2 * self.size.norm()
+        rounding = torch.finfo(y.dtype).eps / 2 * torch.hypot(self.size, exact).norm()
         assert (y.double() - exact).norm() <= torch.maximum(allowed, rounding)
 
 

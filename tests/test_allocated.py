@@ -247,7 +247,11 @@ def test_a_loaded_model_gets_the_same_formats(place: Path) -> None:  # noqa: F81
         ("llama", {"allocation": "kl", "data": None}, "allocation=kl: needs text to measure on"),
         ("bert", {"allocation": "kl"}, "predicts no next token. Choose allocation=error"),
         ("llama", {"allocation": "error", "method": "cloq", "data": None}, "needs text to calib"),
-        ("llama", {"allocation": "error", "bits": 2}, r"bits=2: the narrowest .* take 2\."),
+        (
+            "llama",
+            {"allocation": "error", "bits": 2},
+            r"a budget of 2 bits .* take 2\.",
+        ),
         ("llama", {"allocation": "best"}, "choose one of first, error, relative, kl"),
         ("llama", {"allocation": "error", "format": "nf4"}, "leave format out"),
         ("llama", {"candidates": ("nf2", "nf4")}, "goes by depth and has no costs to choose"),

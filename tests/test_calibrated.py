@@ -14,6 +14,7 @@ import torch
 import loftq
 import zoo
 from loftq.integrations import blocks as model_blocks
+from loftq.integrations.calibrate import windows_at_once
 from loftq.pipeline import stream as engine
 from loftq.report import inspect_output
 
@@ -283,3 +284,21 @@ def test_nothing_is_known_of_a_layer_that_no_token_reaches(
     monkeypatch.setattr(model_blocks.LoadedBlocks, "forward", without_mlp)
     with pytest.raises(ValueError, match=r"gate_proj: no calibration token reached it"):
         quantize(place, "out", method="cloq")
+
+
+@pytest.mark.parametrize(
+    ("free", "widest", "windows"),
+    [
+        (70 << 30, 1536, 28),  # a small model: as many as a few GiB take
+        (70 << 30, 256, 32),
+        (70 << 30, 11008, 8),
+        (3 << 30, 11008, 2),  # little memory is left
+        (1 << 20, 11008, 1),
+    ],
+)
+def test_a_gpu_runs_as_many_windows_at_once_as_keep_it_busy_and_fit(
+    free: int, widest: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    assert windows_at_once(torch.device("cuda"), 1024, widest) == windows
+    assert windows_at_once(torch.device("cpu"), 1024, widest) == 4

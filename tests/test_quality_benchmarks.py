@@ -1,4 +1,4 @@
-"""The scripts behind the tables of quality run: each of them on a tiny model, without tuning."""
+"""The scripts behind the tables of quality run: each of them on a tiny model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ LENGTH = 2048  # of a window of the protocol
 LETTERS = "the quick brown fox jumps over a lazy dog and "
 
 
+def make_llama(place: Path) -> None:
+    """A tiny Llama that takes windows of the protocol, and a text."""
+    model = zoo.build("llama")
+    model.config.max_position_embeddings = 2 * LENGTH
+    zoo.save(model, place / "llama")
+    add_tokenizer(place / "llama")
+    (place / "text.txt").write_text(LETTERS * 200)
+
+
+def run(place: Path, script: str, *words: str) -> str:
+    """What a script prints; it must end well."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPTS / f"{script}.py"), *words],
+        cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "rows", "more"),
     [
@@ -29,11 +49,7 @@ LETTERS = "the quick brown fox jumps over a lazy dog and "
 def test_every_row_is_measured(
     script: str, rows: list[str], more: list[str], tmp_path: Path
 ) -> None:
-    model = zoo.build("llama")
-    model.config.max_position_embeddings = 2 * LENGTH
-    zoo.save(model, tmp_path / "llama")
-    add_tokenizer(tmp_path / "llama")
-    (tmp_path / "text.txt").write_text(LETTERS * 200)
+    make_llama(tmp_path)
     given = [
         "--windows",
         "1",
@@ -46,13 +62,57 @@ def test_every_row_is_measured(
         *more,
     ]
     given += ["--calibration-windows", "8", "--calibration-context", "32", "--statistics", "kept"]
-    command = [sys.executable, SCRIPTS / f"{script}.py", "llama", *given, "--out", "rows.jsonl"]
-    done = subprocess.run(
-        [*map(str, command), "--rows", *rows],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    said = run(tmp_path, script, "llama", *given, "--out", "rows.jsonl", "--rows", *rows)
     found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(found) == len(rows), done.stdout
+    assert len(found) == len(rows), said
     assert all(set(row["before"]) == {"wiki", "c4", "valid"} for row in found)
+
+
+CALIBRATED = [
+    "--calibrate",
+    "text.txt",
+    "--calibration-windows",
+    "8",
+    "--calibration-context",
+    "32",
+]
+
+
+def test_processes_share_the_rows_of_a_table_and_a_second_call_finds_them(tmp_path: Path) -> None:
+    make_llama(tmp_path)
+    given = ["shared", "llama", *CALIBRATED, "--data", "text.txt", "--windows", "1"]
+    given += [
+        "--methods",
+        "qlora",
+        "loftq-paper",
+        "max",
+        "--formats",
+        "int2-g32-dq",
+        "--ranks",
+        "4",
+    ]
+    table = run(tmp_path, "all_methods", *given, "--processes", "2")
+    assert all(f"| {row} | 4 |" in table for row in ("qlora | int2-g32-dq", "max | int2-g32-dq"))
+    assert "loftq-paper | nf2-g32-dq" in table
+    rows = {path: path.read_bytes() for path in (tmp_path / "shared" / "rows").iterdir()}
+    assert len(rows) == 5  # with the original model and the statistics
+    assert not run(tmp_path, "all_methods", *given, "--ranks", "4")  # nothing left to say
+    assert {path: path.read_bytes() for path in rows} == rows
+
+
+def test_encoders_are_scored_by_what_becomes_of_their_embeddings(tmp_path: Path) -> None:
+    zoo.save(zoo.build_base("mpnet"), tmp_path / "mpnet")
+    add_tokenizer(tmp_path / "mpnet")
+    (tmp_path / "text.txt").write_text(LETTERS * 20)
+    pairs = [{"sentence1": LETTERS[k:], "sentence2": LETTERS[:9], "label": k} for k in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    given = ["shared", "mpnet", *CALIBRATED, "--pairs", "pairs.jsonl", "--ranks", "4"]
+    given += ["--methods", "qlora", "fast", "--formats", "int2-g32-dq", "--processes", "2"]
+    run(tmp_path, "all_methods", *given)
+    rows = tmp_path / "shared" / "rows"
+    scores = {
+        name: json.loads((rows / f"{name}.json").read_text())["before"]
+        for name in ("reference", "qlora_int2-g32-dq_4", "fast_int2-g32-dq_4")
+    }
+    assert [scores["reference"]["moved"], len(scores["reference"])] == [0.0, 2]
+    assert all(scores[name]["moved"] > 0 for name in scores if name != "reference")

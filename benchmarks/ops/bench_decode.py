@@ -28,7 +28,7 @@ from loftq.nn import QuantLinear
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DEVICE = "cuda"
-KINDS = ("stock", "folded", "fused", "overlapping")
+KINDS = ("stock", "folded", "fused", "overlapping", "early")
 
 
 def random_layer(shape: tuple[int, int], name: str) -> QuantLinear:
@@ -99,12 +99,15 @@ def make_model(name: str, layers: int, rank: int) -> nn.Module:
 
 def make_decoder(model: Any, batch: int, length: int, kind: str) -> GraphDecoder:
     """A decoder whose layers run as `kind` says."""
-    fused = kind in ("fused", "overlapping")
+    fused = kind in ("fused", "overlapping", "early")
+    from loftq.ops.triton import overlap
+
+    overlap.EARLY = kind == "early"
     decoder = GraphDecoder(model, batch=batch, max_length=length, fused=fused)
     if fused:
         assert not decoder.not_fused, decoder.not_fused
         assert decoder._fused is not None
-        decoder._fused.overlap = kind == "overlapping"
+        decoder._fused.overlap = kind in ("overlapping", "early")
     return decoder
 
 

@@ -1,8 +1,11 @@
 """One packed linear layer against bf16 cuBLAS and, where installed, its peers, on one GPU.
 
     python benchmarks/ops/bench_linear.py [--bits 4 3 2] [--tokens 1 4 16 64]
-        [--shapes 4096x4096 ...] [--routes kernel overlap dequantize alone] [--peers] [--rank 64]
-        [--seconds 600]
+        [--shapes 4096x4096 ...] [--routes kernel triton overlap dequantize alone] [--peers]
+        [--rank 64] [--seconds 600]
+
+`kernel` is the product that the dispatcher takes (the table names its language), `triton` Triton's
+wherever that is not the same; the peers come after all of our own rows.
 
 Times are of one call inside a CUDA graph, over so many distinct weights that they cannot stay in
 the L2 cache (>= 400 MB); median, p20 and p80 of 20 replays. `share` is stored bytes of the weight
@@ -25,8 +28,9 @@ from torch import Tensor
 
 from loftq.formats import component_shapes, parse_format
 from loftq.ops import dequantize
-from loftq.ops.dispatch import why_no_small_linear
-from loftq.ops.triton.linear import choose_launch, small_linear
+from loftq.ops.dispatch import why_no_cuda_product, why_no_small_linear
+from loftq.ops.few_tokens import Member, small_linears
+from loftq.ops.triton import linear as triton_linear
 
 ROTATED_BYTES = 400e6
 REPLAYS = 20
@@ -98,10 +102,16 @@ def copy_bandwidth() -> float:
     return 4 * source.numel() / microseconds / 1e3
 
 
-def check(y: Tensor, x: Tensor, weight: Tensor, label: str) -> None:
+def check(
+    y: Tensor, x: Tensor, weight: Tensor, label: str, adapter: tuple[Tensor, ...] = ()
+) -> None:
     """Stop if y is not x @ weight^T (float64) to twice the error of the dense product."""
     exact = x.double() @ weight.T
     dense = (x @ weight.to(x.dtype).T).double()
+    if adapter:
+        A, B = adapter
+        exact = exact + (x.double() @ A.double().T) @ B.double().T
+        dense = dense + ((x @ A.T) @ B.T).double()
     error, allowed = (y.double() - exact).norm(), 2 * (dense - exact).norm()
     if not error <= allowed:
         raise SystemExit(f"{label}: error {error:.3g} above {allowed:.3g}; nothing is timed.")
@@ -113,15 +123,23 @@ def dequantize_and_multiply(x: Tensor, packed: Packed) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-def kernel(x: Tensor, packed: Packed, overlap: bool = False) -> Tensor:
-    """The few-token product."""
-    return small_linear(x, *packed.tensors, *packed.layout, overlap=overlap)
+def member(packed: Packed, rank: int, x: Tensor) -> Member:
+    """The weight, with a random adapter unless the rank is 0."""
+    given = Member(*packed.tensors, packed.layout)  # type: ignore[arg-type]
+    if not rank:
+        return given
+    A, B = random_adapter(given.packed.shape[0], x.shape[1], rank)
+    return given._replace(lora_A=A, lora_B=B)
 
 
-def folded(rank: int, x: Tensor, packed: Packed) -> Tensor:
-    """The few-token product with an adapter in it."""
-    A, B = random_adapter(packed.tensors[0].shape[0], x.shape[1], rank)  # type: ignore[union-attr]
-    return small_linear(x, *packed.tensors, *packed.layout, A, B, 1.0)
+def kernel(rank: int, overlap: bool, x: Tensor, packed: Packed) -> Tensor:
+    """The few-token product that the dispatcher takes."""
+    return small_linears(x, (member(packed, rank, x),), overlap=overlap)
+
+
+def triton(rank: int, x: Tensor, packed: Packed) -> Tensor:
+    """Triton's few-token product."""
+    return triton_linear.small_linears(x, (member(packed, rank, x),))
 
 
 @lru_cache
@@ -142,6 +160,23 @@ def bf16_rows(shape: tuple[int, int], tokens: list[int]) -> Iterator[tuple[int, 
         yield m, graph_times([partial(torch.nn.functional.linear, x, w) for w in weights])
 
 
+def few_token_routes(
+    x: Tensor, first: Packed, routes: list[str], rank: int
+) -> dict[str, Callable[[Tensor, Packed], Tensor]]:
+    """The asked routes of few tokens, with an adapter too if there is a rank."""
+    chosen: dict[str, Callable[[Tensor, Packed], Tensor]] = {}
+    for r in (0, rank) if rank else (0,):
+        folded = f" + r={r}" if r else ""
+        language = "Triton" if why_no_cuda_product(x, (member(first, r, x),)) else "CUDA C++"
+        if "kernel" in routes:
+            chosen[f"{language}{folded}"] = partial(kernel, r, False)
+        if "overlap" in routes:
+            chosen[f"{language}{folded}, overlapping"] = partial(kernel, r, True)
+        if "triton" in routes:
+            chosen[f"Triton{folded}"] = partial(triton, r)
+    return chosen
+
+
 def packed_rows(
     shape: tuple[int, int], bits: int, tokens: list[int], routes: list[str], rank: int
 ) -> Iterator[tuple[str, int, tuple, int]]:
@@ -152,20 +187,16 @@ def packed_rows(
     for m in tokens:
         x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
         chosen: dict[str, Callable[[Tensor, Packed], Tensor]] = {}
-        if m <= 64 and "kernel" in routes:
+        if m <= 64 and {"kernel", "triton"} & set(routes):
             why = why_no_small_linear(x[:1], first.tensors[0], bits, 64)  # type: ignore[arg-type]
             if why:
                 raise SystemExit(f"the kernel does not run here: {why}.")
-            chosen["kernel"] = kernel
-            if rank:
-                chosen[f"kernel + r={rank}"] = partial(folded, rank)
-            if "overlap" in routes:
-                chosen["kernel, overlapping"] = partial(kernel, overlap=True)
+            chosen |= few_token_routes(x, first, routes, rank)
         if "dequantize" in routes:
             chosen["dequantize"] = dequantize_and_multiply
         for route, run in chosen.items():
-            if "r=" not in route:
-                check(run(x, first), x, exact, f"{shape}, {bits} bits, {m} tokens, {route}")
+            low = random_adapter(*shape, rank) if "r=" in route else ()
+            check(run(x, first), x, exact, f"{shape}, {bits} bits, {m} tokens, {route}", low)
             yield route, m, graph_times([partial(run, x, w) for w in weights]), first.nbytes
     if "alone" in routes:
         calls = [
@@ -179,7 +210,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--routes", nargs="+", default=["kernel", "dequantize"])
+    parser.add_argument("--routes", nargs="+", default=["kernel", "triton", "dequantize"])
     parser.add_argument("--peers", action="store_true", help="bitsandbytes and gemlite too")
     parser.add_argument("--rank", type=int, default=0, help="also with an adapter of this rank")
     parser.add_argument("--seconds", type=float, default=600, help="start no row after this")
@@ -197,6 +228,7 @@ def main() -> None:
             flush=True,
         )
 
+    bases: dict[str, dict[int, float]] = {}
     for name in args.shapes:
         shape = tuple(map(int, name.split("x")))
         size = shape[0] * shape[1]
@@ -205,15 +237,20 @@ def main() -> None:
             base[m] = times[0]
             row(name, "bf16", m, "cuBLAS", times, 2 * size, times[0])
         base[0] = 0.0  # dequantizing alone has no product to stand beside
-        few = [m for m in args.tokens if m <= 64]
-        for peer in PEERS if args.peers else ():
-            for weight, m, times, nbytes in peer(shape, few, copies, graph_times):
-                row(name, weight, m, peer.__name__, times, nbytes, base[m])
+        bases[name] = base
         for bits in args.bits:
             for route, m, times, nbytes in packed_rows(
                 shape, bits, args.tokens, args.routes, args.rank
             ):
                 row(name, f"nf{bits} dq", m, route, times, nbytes, base[m])
+                if time.monotonic() - started > args.seconds:
+                    print(f"stopped after {args.seconds:.0f} s")
+                    return
+    for name in args.shapes if args.peers else ():
+        for peer in PEERS:
+            shape, few = tuple(map(int, name.split("x"))), [m for m in args.tokens if m <= 64]
+            for weight, m, times, nbytes in peer(shape, few, copies, graph_times):
+                row(name, weight, m, peer.__name__, times, nbytes, bases[name][m])
                 if time.monotonic() - started > args.seconds:
                     print(f"stopped after {args.seconds:.0f} s")
                     return
@@ -225,8 +262,7 @@ def _header(peak: float) -> str:
     import triton
 
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    launches = {m: choose_launch(4, m, 4096) for m in (1, 16, 64)}
-    return f"{card}, {versions}; copy {peak:.0f} GB/s; {launches}\n"
+    return f"{card}, {versions}; copy {peak:.0f} GB/s\n"
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ A row is METHOD:FORMAT:RANK[:KEY=VALUE...], keys of the configuration or choices
 All rows share the model, the statistics and the process. Perplexity by protocol `gptq` (joined
 text, windows of 2048 without overlap), float32, on up to four texts: --data; what --calibrate holds
 beyond the tokens that were calibrated on (`c4`); --choose (`valid`), which with the former is what
-a choice between rows may look at; questions and answers of --gsm8k. Tuning, the same for all: 150
-AdamW steps of 8 x 1024 tokens, 3e-4, cosine after 10 steps of warm-up, bfloat16 autocast on a GPU;
-with several seeds, each of its own windows and fresh factors, the median is shown. Needs torch,
-transformers and safetensors, not peft. With --out the rows that are there already are not run
-again. A row that fails is reported, and the rest go on.
+a choice between rows may look at; questions and answers of --gsm8k. Tuning (tuning.py) is the same
+for all; with several seeds, each of its own windows and fresh factors, the median is shown. Needs
+torch, transformers and safetensors, not peft. With --out the rows that are there already are not
+run again. A row that fails is reported, and the rest go on.
 """
 
 from __future__ import annotations
@@ -28,19 +27,20 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+from tuning import Start, fresh, replaced, tune
 
-from loftq.calibration import StatisticsStore, read_documents
+from loftq.calibration import StatisticsStore, TokenWindows, read_documents
 from loftq.checkpoint import open_checkpoint
 from loftq.eval import encode, perplexity, read_text
 from loftq.integrations import calibrate, discover
@@ -58,31 +58,9 @@ ROWS = tuple(
 CHOICES = {field.name for field in fields(Method)} - {
     field.name for field in fields(QuantizeConfig)
 }
-STEPS, BATCH, LENGTH, RATE = 150, 8, 1024, 3e-4
-PART = 4  # windows whose logits are in memory together
 SOLVED = (("s", "solve_s"),)  # a column of seconds: head, key
-OTHERS = 64  # most windows of the texts besides --data
-
-
-@dataclass
-class Start:
-    """One layer as it is before tuning."""
-
-    Q: Tensor
-    A: Tensor
-    B: Tensor
-
-
-class Lora(nn.Module):
-    """y = x (Q + B A)^T with trainable A and B; alpha = rank."""
-
-    def __init__(self, start: Start) -> None:
-        super().__init__()
-        self.register_buffer("Q", start.Q)
-        self.A, self.B = nn.Parameter(start.A.clone()), nn.Parameter(start.B.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.Q.to(x.dtype)) + F.linear(F.linear(x, self.A), self.B)
+Score = Callable[[nn.Module], dict[str, float]]
+OTHERS = 64  # windows of the texts besides --data
 
 
 def solve(
@@ -122,36 +100,6 @@ def applied(
     return effective, sum(errors) / len(errors)
 
 
-def replaced(model: nn.Module, starts: dict[str, Start]) -> nn.Module:
-    """A copy with frozen Q and trainable adapters."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    for path, start in starts.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Lora(start))
-    return model
-
-
-def tune(model: nn.Module, ids: Tensor, seed: int) -> None:
-    """The tuning that every row gets; windows from a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    adapter = [p for p in model.parameters() if p.requires_grad]
-    optimizer, device = torch.optim.AdamW(adapter, lr=RATE, weight_decay=0.0), adapter[0].device
-    for step in range(STEPS):
-        rate = RATE * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = torch.randint(0, len(ids) - LENGTH - 1, (BATCH,), generator=generator)
-        windows = torch.stack([ids[s : s + LENGTH] for s in starts.tolist()]).to(device)
-        optimizer.zero_grad(set_to_none=True)
-        for part in windows.split(PART):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(input_ids=part, use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten())
-            (loss * len(part) / BATCH).backward()
-        nn.utils.clip_grad_norm_(adapter, 1.0)
-        optimizer.step()
-
-
 def planned(
     args: argparse.Namespace, source: Any, row: str, instead: str | None = None
 ) -> tuple[Plan, Any]:
@@ -180,28 +128,47 @@ def planned(
     shapes = {name: entry.shape for name, entry in source.tensors.items()}
     targets = list(config.targets) or None
     layout = discover.describe_folder(args.model, shapes, targets=targets)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    windows = calibrate.read_windows(config, layout, tokenizer, discover.load_config(args.model))
+    windows = calibration_windows(
+        args.model, args.calibrate, args.calibration_windows, args.calibration_context
+    )
     known = calibrate.planned(config, windows, source.fingerprint(), args.device)
     return make_plan(config, layout, source, device=args.device, calibration=known), windows
+
+
+@cache
+def calibration_windows(model: Path, text: Path, windows: int, context: int) -> TokenWindows:
+    """The calibration tokens, the same for every row that reads any; tokenized once."""
+    config = QuantizeConfig(
+        method="cloq", data=str(text), calibration_windows=windows, calibration_context=context
+    )
+    shapes = {name: entry.shape for name, entry in open_checkpoint(model).tensors.items()}
+    layout = discover.describe_folder(model, shapes)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = calibrate.read_windows(config, layout, tokenizer, discover.load_config(model))
+    assert found is not None
+    return found
 
 
 def scored(args: argparse.Namespace, model: nn.Module, texts: dict) -> dict[str, float]:
     """Perplexity on each text."""
     found = {}
     for name, ids in texts.items():
-        windows = args.windows or (None if name == "wiki" else OTHERS)
-        result = perplexity(model, ids, context=2048, windows=windows, batch=args.batch)
+        most = min(args.windows or OTHERS, args.other_windows)
+        if name == "wiki":
+            most = args.windows
+        result = perplexity(model, ids, context=2048, windows=most, batch=args.batch)
         found[name] = result.perplexity
     return found
 
 
-def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, texts: dict) -> dict:
+def measure(
+    args: argparse.Namespace, model: nn.Module, source: Any, row: str, score: Score
+) -> dict[str, Any]:
     """All numbers of one row but those after tuning, and its starts."""
     if row.startswith("lora:"):
         size = 2 * sum(math.prod(entry.shape) for entry in source.tensors.values())
         about = {"row": row, "bits": 16.0, "total_bytes": size, "output_error": 0.0, "solve_s": 0.0}
-        return about | {"before": scored(args, model, texts)}
+        return about | {"before": score(model)}
     plan, windows = planned(args, source, row)
     # Of every layer for every row, so that the output error of data-free methods is known too.
     begin = time.perf_counter()
@@ -224,21 +191,9 @@ def measure(args: argparse.Namespace, model: nn.Module, source: Any, row: str, t
         "calibrate_s": taken - begin,
         "solve_s": solved - taken,
         "notes": sum(bool(record["notes"]) for record in records),
-        "before": scored(args, effective, texts),
+        "before": score(effective),
         "starts": starts,
     }
-
-
-def fresh(model: nn.Module, rank: int, seed: int) -> dict[str, Start]:
-    """LoRA's own start over the dense weights of all blocks: A uniform, B zero."""
-    generator, starts = torch.Generator().manual_seed(seed), {}
-    for path, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) and ".layers." in path):
-            continue
-        W = module.weight.data
-        A = torch.empty(rank, W.shape[1]).uniform_(-1, 1, generator=generator) / W.shape[1] ** 0.5
-        starts[path] = Start(W, A.to(W.device), W.new_zeros(len(W), rank))
-    return starts
 
 
 def tuned(
@@ -308,8 +263,15 @@ def spread(values: list[float]) -> str:
 def arguments(doc: str) -> argparse.ArgumentParser:
     """What every script that scores and tunes as this one does is told; `doc` is its docstring."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--out", type=Path, help="JSON lines, continued where it ended")
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, language: bool = True) -> None:
+    """Model, texts, calibration and tuning; `language`: nothing but language models is scored."""
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="test text")
+    parser.add_argument("--data", type=Path, required=language, help="test text")
     parser.add_argument("--calibrate", type=Path, required=True, help="calibration text")
     parser.add_argument("--choose", type=Path, help="text to choose between rows by")
     parser.add_argument("--gsm8k", type=Path, help="questions and answers, .jsonl")
@@ -318,12 +280,11 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after these")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, help="test windows; default all")
+    parser.add_argument("--other-windows", type=int, default=OTHERS, help="at most, other texts")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--calibration-context", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--statistics", help="folder of statistics; default the user's cache")
-    parser.add_argument("--out", type=Path, help="JSON lines, continued where it ended")
-    return parser
 
 
 def kept_rows(args: argparse.Namespace) -> list[dict]:
@@ -359,7 +320,7 @@ def main() -> None:
         if args.device.startswith("cuda"):  # streams and threads of a row keep memory of their own
             torch.cuda.empty_cache()
         try:
-            found = measure(args, model, source, row, texts)
+            found = measure(args, model, source, row, partial(scored, args, texts=texts))
         except (ValueError, RuntimeError):  # out of memory is one of the latter
             failed.append(row)
             traceback.print_exc()

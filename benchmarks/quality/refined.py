@@ -6,10 +6,10 @@
         [--rows fast:int2-g64-dq:64:block-distill fast:int2-g64-dq:64:distill:epochs=4 ...]
         [--refine-text FILE --refine-windows N] [--device cuda] [--out rows.jsonl]
 
-A row is METHOD:FORMAT:RANK:REFINEMENT[:epochs=E/E][:rate=R/R][:batch=B/B][:error=KIND/KIND], with a
-value per stage; `none` is the start itself. Rows of one METHOD:FORMAT:RANK refine the same packed
-folder, quantized once into --work. Arguments, texts, protocol and tuning are those of
-calibrated.py, beside whose rows these may stand.
+A row is METHOD:FORMAT:RANK:REFINEMENT[:epochs=E/E][:rate=R/R][:batch=B/B][:error=KIND/KIND], and
+likewise hidden=, kl= and language=, with a value per stage; `none` is the start itself. Rows of one
+METHOD:FORMAT:RANK refine the same packed folder, quantized once into --work. Arguments, texts,
+protocol and tuning are those of calibrated.py, beside whose rows these may stand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from loftq.integrations.refine import Step, refine_adapter
 from loftq.pipeline.config import QuantizeConfig
 from loftq.refine import REFINEMENTS, Refinement
 
-KINDS = {"epochs": float, "rate": float, "batch": int, "error": str}
+KINDS = {
+    "epochs": float, "rate": float, "batch": int, "error": str,
+    "hidden": float, "kl": float, "language": float,
+}  # fmt: skip
 
 
 def refinement_of(name: str, pairs: list[str]) -> Refinement:

@@ -11,10 +11,9 @@ One markdown row per model, format, fit and method; real packed weights and adap
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from pathlib import Path
 
+from encoders import read_pairs
 from packed import pack
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -23,13 +22,6 @@ from loftq.eval.similarity import similarity_score
 
 FORMATS = ("nf4", "nf3", "nf2", "snf4", "snf3", "snf2", "int4", "int3", "int2", "sint4", "sint3",
            "sint2", "iq4nl")  # fmt: skip
-
-
-def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
-    """Sentence pairs and labels of a GLUE STS-B file (jsonl, gzip or not)."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [json.loads(line) for line in raw.decode().splitlines()]
-    return [(r["sentence1"], r["sentence2"]) for r in rows], [r["label"] for r in rows]
 
 
 def main() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loftq.train.graphs import StepGraphs
 from loftq.train.memory.predict import DTYPES, TrainingSettings
+from loftq.train.offload import HostInputs
 from loftq.train.prepare import prepare_for_training
+from loftq.train.tiles import tiled_loss
 
 LEARNING_RATE = 1e-3
 
@@ -24,7 +28,14 @@ class Trained:
 
 
 def train_steps(
-    model: Any, settings: TrainingSettings, steps: int, *, device: str, fused: bool = True
+    model: Any,
+    settings: TrainingSettings,
+    steps: int,
+    *,
+    device: str,
+    fused: bool = True,
+    graphs: bool = False,
+    offload: bool = False,
 ) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
 
@@ -34,20 +45,32 @@ def train_steps(
         steps: how many.
         device: of the model.
         fused: with the training layer (loftq.integrations.training).
+        graphs: steps captured, as with graphs=true of `loftq train`.
+        offload: inputs of blocks in host memory, as with offload=true.
     """
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=fused)
+    base = model.get_base_model()
+    if settings.checkpointing and graphs:
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     chunked = settings.loss == "chunked"
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapter, lr=LEARNING_RATE, fused=True)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_base_model().config.vocab_size
+    vocabulary = base.config.vocab_size
     shape = (settings.batch_size, settings.length)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
-    found = Trained()
+    found, captured = Trained(), StepGraphs(adapter) if graphs else None
+    host = HostInputs(torch.device(device)) if offload else nullcontext()
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        with host:
+            loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)
+        loss.backward()
+        return loss.detach()
+
     for _ in range(steps):
         start = time.perf_counter()
-        loss = _loss(model, ids, settings, chunked, device)
-        loss.backward()
+        loss = step({"ids": ids}) if captured is None else captured(step, {"ids": ids})
         nn.utils.clip_grad_norm_(adapter, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -58,11 +81,20 @@ def train_steps(
 
 
 def _loss(
-    model: nn.Module, ids: Tensor, settings: TrainingSettings, chunked: bool, device: str
+    model: Any,
+    ids: Tensor,
+    settings: TrainingSettings,
+    chunked: bool,
+    device: str,
+    *,
+    tiled: bool,
 ) -> Tensor:
     dtype = DTYPES[settings.dtype]
     kind = torch.device(device).type
     with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        if tiled:
+            total = tiled_loss(model.get_base_model(), {"input_ids": ids, "labels": ids})
+            return total / (ids.numel() - len(ids))
         if chunked:
             out = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False)
             return -out.log_probs.sum() / (ids.numel() - len(ids))

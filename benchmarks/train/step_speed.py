@@ -1,12 +1,13 @@
-"""Tokens a second of a training step: packed with PEFT's layers, with the training layer, bf16.
+"""Tokens a second of a training step: PEFT's layers, the training layer, graphs; packed and bf16.
 
     python benchmarks/train/step_speed.py --output speed.md --profile profile.txt
 
 Each row is a model of the same shape with random weights, the same float32 adapters and AdamW on
 all linear layers, checkpointing, autocast and the loss of `loftq train`, in one process. Times are
 medians over the steps after the warm-up; "peak" is torch.cuda.max_memory_allocated over them,
-weights included. One row that fails does not stop the others, and none starts after --seconds. On a
-CPU (--device cpu --shape tiny) the script only shows that it runs.
+weights included. A path `bf16-...` is the same on dense weights; last come the percentages by which
+packed weights are slower. One row that fails does not stop the others, and none starts after
+--seconds. On a CPU (--device cpu --shape tiny) the script only shows that it runs.
 """
 
 from __future__ import annotations
@@ -34,8 +35,21 @@ from loftq.train.memory.predict import TrainingSettings
 from loftq.train.prepare import add_fused_head
 
 WARM_UP = 3
+PATHS: dict[str, dict[str, bool]] = {
+    "graphs": {"fused": True, "graphs": True},
+    "fused": {"fused": True},
+    "offload": {"fused": True, "offload": True},
+    "plain": {"fused": False},
+    "bf16": {"fused": False},
+    "bf16-fused": {"fused": True},
+    "bf16-graphs": {"fused": True, "graphs": True},
+}
+"""Name of a path -> how `train_steps` takes it; those of DENSE on the model before it is packed."""
+DENSE = "bf16"
 TOP = 22
 """Kernels that a profile shows."""
+Times = dict[tuple[int, str, int], float]
+"""(bits, path, batch) -> seconds of a step."""
 HEAD = (
     "| model | batch | path | ms a step | p20 | p80 | tokens/s | peak GB | loss, first to last |",
     "| --- | --: | --- | --: | --: | --: | --: | --: | --- |",
@@ -46,26 +60,42 @@ def main() -> None:
     """The table, and profiles where asked for."""
     given = _options()
     start = time.perf_counter()
-    lines = [machine(given.device), "", *HEAD]
+    lines, times = [machine(given.device), "", *HEAD], Times()
     for bits in given.bits:
         for path in given.paths:
-            if time.perf_counter() - start > given.seconds or (path == "bf16" and bits != 4):
+            repeated = path.startswith(DENSE) and bits != given.bits[0]
+            if time.perf_counter() - start > given.seconds or repeated:
                 continue
             try:
-                lines += _rows(given, bits, path, start)
+                lines += _rows(given, bits, path, start, times)
             except Exception as error:
                 traceback.print_exc()
                 lines.append(f"| {bits} bits | {path}: {str(error).splitlines()[0][:120]} |")
             release()
             given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += ["", *_slowdowns(times)]
+    given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n" + "\n".join(lines), flush=True)
 
 
-def _rows(given: argparse.Namespace, bits: int, path: str, start: float) -> list[str]:
+def _slowdowns(times: Times) -> list[str]:
+    """What packed weights cost: each row against the same path on dense 16-bit weights."""
+    found = []
+    for (bits, path, batch), seconds in times.items():
+        dense = next(
+            (t for (_, p, b), t in times.items() if (p, b) == (f"{DENSE}-{path}", batch)), 0
+        )
+        if dense:
+            more = 100 * (seconds / dense - 1)
+            found.append(f"{bits} bits, {path}, batch {batch}: {more:+.1f} % on {DENSE}-{path}")
+    return found
+
+
+def _rows(given: argparse.Namespace, bits: int, path: str, start: float, times: Times) -> list[str]:
     described = subject(given.shape, rank=given.rank, bits=bits)
     dtype = torch.bfloat16
     torch.manual_seed(0)  # the same weights and adapters on every path of the same bits
-    if path == "bf16":
+    if path.startswith(DENSE):
         base = dense_model(given.shape, device=given.device, dtype=dtype)
     else:
         base = random_model(given.shape, described, device=given.device, dtype=dtype)
@@ -74,25 +104,27 @@ def _rows(given: argparse.Namespace, bits: int, path: str, start: float) -> list
     for batch in given.batch:
         if time.perf_counter() - start > given.seconds:
             break
-        rows.append(_row(model, given, batch, path, bits))
+        rows.append(_row(model, given, batch, path, bits, times))
         print(rows[-1], flush=True)
         if given.profile is not None and batch == given.batch[0]:
             _profile(model, given, batch, path, bits)
     return rows
 
 
-def _row(model: Any, given: argparse.Namespace, batch: int, path: str, bits: int) -> str:
+def _row(
+    model: Any, given: argparse.Namespace, batch: int, path: str, bits: int, times: Times
+) -> str:
     settings = _settings(model, given, batch)
-    fused, cuda = path == "fused", given.device == "cuda"
-    warm = train_steps(model, settings, WARM_UP, device=given.device, fused=fused)
+    paths, cuda = PATHS[path], given.device == "cuda"
+    warm = train_steps(model, settings, WARM_UP, device=given.device, **paths)
     release()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    done = train_steps(model, settings, given.steps, device=given.device, fused=fused)
+    done = train_steps(model, settings, given.steps, device=given.device, **paths)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
     low, *_, high = statistics.quantiles(done.seconds, n=5)
-    median = statistics.median(done.seconds)
-    name = "bf16 dense" if path == "bf16" else f"{bits} bits"
+    median = times[bits, path, batch] = statistics.median(done.seconds)
+    name = "bf16 dense" if path.startswith(DENSE) else f"{bits} bits"
     return (
         f"| {name} | {batch} x {given.length} | {path} | {1e3 * median:.1f} | {1e3 * low:.1f} | "
         f"{1e3 * high:.1f} | {settings.tokens / median:,.0f} | {peak:.2f} | "
@@ -108,7 +140,7 @@ def _profile(model: Any, given: argparse.Namespace, batch: int, path: str, bits:
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     settings = _settings(model, given, batch)
     with profile(activities=activities) as found:
-        done = train_steps(model, settings, 2, device=given.device, fused=path == "fused")
+        done = train_steps(model, settings, 2, device=given.device, **PATHS[path])
     kernels: dict[str, list[float]] = {}
     for event in found.events():
         spent = event.device_time if cuda else event.self_cpu_time_total

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layer_problem import statistics
-from loftq.allocation import ALLOCATIONS, choose
+from loftq.allocation import ALLOCATIONS, Candidate, choose
 from loftq.allocation.kl import divergence
 from loftq.methods import ProblemStatistics
 
@@ -88,8 +88,9 @@ SIZES = {"nf2": 2, "nf3": 3, "nf4": 4}
 
 def chosen(costs: dict[str, tuple[float, float, float]], budget: int):
     layers = [Layer(module, k) for k, module in enumerate(costs)]
-    table = {module: dict(zip(SIZES, row, strict=True)) for module, row in costs.items()}
-    return choose(layers, dict.fromkeys(costs, SIZES), table, budget=budget, weights=8 * len(costs),
+    sizes = {Candidate(name): size for name, size in SIZES.items()}
+    table = {module: dict(zip(sizes, row, strict=True)) for module, row in costs.items()}
+    return choose(layers, dict.fromkeys(costs, sizes), table, budget=budget, weights=8 * len(costs),
                   allocation="error")  # fmt: skip
 
 
@@ -120,6 +121,34 @@ def test_rivals_are_uniform_formats_and_the_first_blocks():
     ]
 
 
-def test_a_budget_below_the_narrowest_is_refused():
-    with pytest.raises(ValueError, match=r"bits=1.5: .* take 2.0000 bits a weight.*candidates"):
+def test_a_budget_below_the_smallest_is_refused():
+    with pytest.raises(ValueError, match=r"of 1.5 bits a weight: .* take 2.0000, .*candidates"):
         chosen({"a": (1, 1, 1), "b": (1, 1, 1)}, 3)
+
+
+def test_ranks_are_chosen_with_formats_and_by_nobody_else():
+    """Against every combination: two layers, two formats at two ranks each."""
+    options = [Candidate(name, rank) for name in ("nf2", "nf4") for rank in (4, 8)]
+    sizes = dict(zip(options, (3, 5, 6, 9), strict=True))
+    costs = {
+        "a": dict(zip(options, (9.0, 2.0, 8.0, 1.0), strict=True)),  # gains from rank
+        "b": dict(zip(options, (9.0, 8.5, 2.5, 1.0), strict=True)),  # gains from bits
+    }
+    found = choose(
+        [Layer("a", 0), Layer("b", 1)], dict.fromkeys(costs, sizes), costs,
+        budget=12, weights=16, allocation="error",
+    )  # fmt: skip
+    every = [
+        (costs["a"][x] + costs["b"][y], x, y)
+        for x in options
+        for y in options
+        if sizes[x] + sizes[y] <= 12
+    ]
+    least, first, second = min(every)
+    assert (found.cost, found.nbytes) == (least, 11)
+    assert found.formats == {"a": first.format, "b": second.format} == {"a": "nf2", "b": "nf4"}
+    assert found.ranks == {"a": first.rank, "b": second.rank} == {"a": 8, "b": 4}
+    names = [rival.name for rival in found.rivals]
+    assert names[:3] == ["nf2 at rank 4", "nf2 at rank 8", "nf4 at rank 4"]
+    assert names[3] == "nf4 at rank 8 in the first 1 of 2 blocks, else nf2 at rank 4"
+    assert chosen({"a": (3, 2, 1)}, 4).ranks == {}

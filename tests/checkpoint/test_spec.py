@@ -17,7 +17,9 @@ from loftq.formats.codebooks import normal_float, symmetric_normal_float
 from loftq.formats.packing import pack_codes
 from loftq.formats.spec import component_shapes, known_formats, parse_format
 from loftq.formats.tensor import QuantizedTensor
+from loftq.ops.hadamard import column_signs
 from loftq.ops.reference import dynamic_map
+from tolerances import FLOAT32_ROUNDING
 
 SPEC = (Path(loftq.checkpoint.__file__).parent / "SPEC.md").read_text()
 
@@ -68,7 +70,7 @@ def scales_of(data: dict[str, bytes], coding: str, count: int) -> list[float]:
 
 def decode(name: str, shape: tuple[int, int], data: dict[str, bytes]) -> list[list[float]]:
     """The weight, from the bytes of its tensors."""
-    (rows, columns), (grid, group, coding) = shape, name.split("-")
+    (rows, columns), (grid, group, coding, *rotation) = shape, name.split("-")
     bits = 4 if grid == "iq4nl" else int(grid[-1])
     size = int(group[1:]) if group.startswith("g") else columns
     groups = -(-columns // size)
@@ -89,7 +91,25 @@ def decode(name: str, shape: tuple[int, int], data: dict[str, bytes]) -> list[li
             [f32(row_scales[j // size] * f32(levels[c] - zeros[j // size])) for j, c in
              enumerate(codes)]
         )  # fmt: skip
-    return weight
+    return [turned_back(row, int(rotation[0][1:])) for row in weight] if rotation else weight
+
+
+def sign(j: int) -> int:
+    m = j + 1
+    m = (m ^ (m >> 16)) * 0x7FEB352D % 2**32
+    m = (m ^ (m >> 15)) * 0x846CA68B % 2**32
+    m = m ^ (m >> 16)
+    return 1 - 2 * (m & 1)
+
+
+def turned_back(v: list[float], block: int) -> list[float]:
+    """Section 7, with sums in double."""
+    w = []
+    for j in range(len(v)):
+        first = block * (j // block)
+        terms = (v[first + k] * (-1) ** ((j - first) & k).bit_count() for k in range(block))
+        w.append(sign(j) / block**0.5 * sum(terms))
+    return w
 
 
 def random_bytes(name: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -123,6 +143,25 @@ def test_reader_written_from_the_text_agrees_to_the_bit(name: str, shape: tuple[
     ours = QuantizedTensor.from_state_dict(parse_format(name), shape, tensors).dequantize()
     data = {key: bytes(tensor.flatten().tolist()) for key, tensor in tensors.items()}
     assert torch.equal(ours, torch.tensor(decode(name, shape, data), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", ["nf4-g64-dq-h64", "int3-g32-f16-h16", "snf2-channel-f32-h32"])
+def test_reader_written_from_the_text_turns_rotated_weights_back(name: str) -> None:
+    shape = (3, 192)
+    tensors = random_bytes(name, shape)
+    ours = QuantizedTensor.from_state_dict(parse_format(name), shape, tensors).dequantize()
+    data = {key: bytes(tensor.flatten().tolist()) for key, tensor in tensors.items()}
+    wanted = torch.tensor(decode(name, shape, data))
+    torch.testing.assert_close(
+        ours, wanted, rtol=0, atol=FLOAT32_ROUNDING * float(ours.abs().max())
+    )
+
+
+def test_printed_signs_are_ours() -> None:
+    printed = re.search(r"`sign` begins `([-+ ]+)`", SPEC)
+    assert printed is not None
+    assert [{"+": 1, "-": -1}[mark] for mark in printed[1].split()] == [sign(j) for j in range(16)]
+    assert column_signs(300).tolist() == [sign(j) for j in range(300)]
 
 
 @pytest.mark.parametrize("name", [n for n in known_formats() if parse_format(n).levels])

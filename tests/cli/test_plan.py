@@ -74,6 +74,23 @@ def test_for_picks_a_format(loftq: Callable, model: Path) -> None:
     assert plan["choices"][0]["reason"] == "the one that vllm can hold without loss"
 
 
+def test_a_method_may_prescribe_grid_and_fit_but_not_how_tables_are_stored(
+    loftq: Callable, model: Path
+) -> None:
+    asked = ("--rank", 4, "--method", "ir-qlora", "--bits", 3, "embedding=8", "--json")
+    layers = loftq("plan", model, *asked).json["layers"]
+    found = {layer["format"]: layer["scale_fit"] for layer in layers}
+    assert found == {"int3-g64-dq": "entropy", "sint8-g64-f16": "mse"}
+
+
+def test_a_fit_that_a_format_does_not_have_is_refused_before_work(
+    loftq: Callable, model: Path
+) -> None:
+    refused = loftq("plan", model, "--rank", 4, "--method", "ir-qlora", "--format", "nf4-g64-dq")
+    assert refused.code == 1
+    assert "nf4-g64-dq has no scale_fit=entropy; choose one of absmax, mse." in refused.err
+
+
 def test_the_reasons_distinguish_defaults_from_wishes(loftq: Callable, model: Path) -> None:
     def reasons(*words: object) -> dict[str, str]:
         choices = loftq("plan", model, "--json", *words).json["choices"]
@@ -180,6 +197,26 @@ def test_mostly_uncovered_models_need_consent(loftq: Callable, tmp_path: Path) -
     allowed = loftq("plan", folder, "--rank", 2, "--allow-uncovered")
     assert allowed.code == 0
     assert "expert tensors: cannot be packed yet" in allowed.out
+
+
+def test_ranks_are_read_as_numbers_and_shown_beside_the_bits(
+    loftq: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOFTQ_CACHE", str(tmp_path / "cache"))
+    asked = ("plan", model, "--rank", 4, "--bits", 3.5, "--allocation", "error", "--measure",
+             "ranks=2,4,8", "candidates=nf2,nf3")  # fmt: skip
+    answer = loftq(*asked)
+    assert answer.code == 0, answer.err
+    for words in ("bits/rank of each", "3/8", "16-bit adapters included", "least error cost, layer",
+                  "nf3-g64-dq at rank 2"):  # fmt: skip
+        assert words in answer.out
+    found = loftq(*asked, "--json").json
+    assert {layer["rank"] for layer in found["layers"]} == set(
+        found["allocation"]["ranks"].values()
+    )
+    refused = loftq("plan", model, "--allocation", "error", "ranks=2,many")
+    assert refused.code == 1
+    assert "expected whole numbers" in refused.err
 
 
 def test_a_measured_allocation_is_shown_beside_its_rivals(

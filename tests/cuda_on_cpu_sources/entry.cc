@@ -1,13 +1,5 @@
-#include "few_tokens.cu"
+#include SOURCE
 
-extern "C" void run_few_tokens(const int *grid, int threads, const Arguments *arguments) {
-    launch(grid, threads, [=] { few_tokens(*arguments); });
+extern "C" void run(const int *grid, int threads, const Arguments *arguments) {
+    launch(grid, threads, [=] { NAME(*arguments); });
 }
-
-#if RANKED
-extern "C" void run_down(
-    const int *grid, int threads, const u8 *x, const u8 *a, float *ax, int tokens, int columns,
-    int rank, float scaling) {
-    launch(grid, threads, [=] { down(x, a, ax, tokens, columns, rank, scaling); });
-}
-#endif

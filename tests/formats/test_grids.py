@@ -91,4 +91,4 @@ def test_sigma_belongs_to_the_papers_uniform_grids():
     with pytest.raises(ValueError, match="sigma is for the grids"):
         round_to_nearest(weights(2, 64), parse_format("nf4"), fit="sigma")
     assert default_fit(parse_format("uniform2")) == "sigma"
-    assert set(FITS) == {"absmax", "mse", "sigma"}
+    assert set(FITS) == {"absmax", "mse", "sigma", "entropy"}

@@ -15,6 +15,7 @@ from loftq.calibration import TokenWindows
 from loftq.integrations import refine
 from loftq.integrations.blocks import CheckpointBlocks
 from loftq.integrations.refine import Step, refine_adapter
+from loftq.integrations.refine.natural import _Block
 from loftq.integrations.refine.passage import Passage
 from loftq.integrations.refine.sitting import Sitting
 from loftq.integrations.refine.student import Student, pieces_of
@@ -76,6 +77,46 @@ def test_held_out_losses_fall_and_the_folder_verifies(model: str, method: str, p
     assert loftq.load(place / "out") is not None
 
 
+@pytest.mark.parametrize(("model", "count"), [("llama", 2), ("bert", 2), ("gpt2", 2), ("t5", 4)])
+def test_natural_steps_lower_the_held_out_loss_block_after_block(
+    model: str, count: int, place: Path
+) -> None:
+    chosen = {"method": "loftq", "refine": "natural", "alpha": 8}
+    record = quantize(place, "out", model=model, **chosen)
+    (stage,) = record["refinement"]
+    starts = [unit["start"] for unit in stage["units"]]
+    assert len(starts) == count
+    assert stage["units"][-1]["best"] < starts[0]
+    for unit, following in zip(stage["units"], starts[1:], strict=False):
+        assert unit["best"] == pytest.approx(following, rel=1e-5)
+    assert inspect_output(place / "out", True, place / model).problems == []
+    again = quantize(place, "again", model=model, **chosen)
+    assert again["refinement"] == record["refinement"]
+
+
+def test_what_a_natural_step_measures_is_the_gradient_of_the_loss(place: Path) -> None:
+    """dloss/dB = s G A^T and dloss/dA = s B^T G, of this block's layers and of no others."""
+    quantize(place, "out", method="loftq", alpha=8)
+    student = Student(loftq.load(place / "out", trainable=True), torch.device("cpu"))
+    block, others = student.blocks[1], student.adapter(student.blocks[0])
+    ids = torch.randint(5, 80, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def loss(number: int) -> torch.Tensor:
+        return student.module(input_ids=ids[number : number + 1], labels=ids[:1]).loss
+
+    measured = _Block(student, block, 0.3, loss, ((0, 1), (1,)))
+    known = measured.measure()
+    assert all(p.grad is None and p.requires_grad for p in student.adapter().values())
+    ((loss(0) + loss(1)) / 2).backward()
+    for path, layer in measured.layers.items():
+        A, B, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, 2.0
+        G = known[path].G
+        torch.testing.assert_close(B.grad, scaling * G @ A.detach().mT, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(A.grad, scaling * B.detach().mT @ G, rtol=1e-3, atol=1e-7)
+        assert known[path].tokens in (22, 24)  # no loss reads the last token's own outputs
+    assert all(p.grad is not None for p in others.values())
+
+
 def row_of(method: str) -> str:
     """Name of the refinement of a method."""
     return METHODS[method].refinement
@@ -94,9 +135,10 @@ def test_only_the_adapter_moves(place: Path) -> None:
     assert changed == set(before)
 
 
-def test_no_pass_gives_the_start(place: Path) -> None:
+@pytest.mark.parametrize("refine_by", ["distill", "natural"])
+def test_no_pass_gives_the_start(refine_by: str, place: Path) -> None:
     quantize(place, "start", method="fast")
-    quantize(place, "same", method="max", refine_epochs=0)
+    quantize(place, "same", method="max", refine=refine_by, refine_epochs=0)
     assert (place / "start" / ADAPTER).read_bytes() == (place / "same" / ADAPTER).read_bytes()
 
 

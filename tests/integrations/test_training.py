@@ -67,6 +67,46 @@ def test_loss_and_gradients_are_those_of_the_stock_path(name: str, checkpointing
     assert_same(step(model), wanted)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_adapters_on_dense_layers_take_the_same_path(name: str) -> None:
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "query", "key", "intermediate.dense"]
+    options = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(zoo.build(name), options).eval()  # without dropout
+    inputs = zoo.ZOO[name].inputs()
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach(), {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    wanted = run()
+    plan = fuse_for_training(model)
+    assert sum(map(len, plan.grouped)) == len(wanted[1]) // 2
+    assert_same(run(), wanted)
+
+
+def test_a_dense_layer_that_is_trained_runs_peft() -> None:
+    model = get_peft_model(zoo.build("llama"), LoraConfig(r=4, target_modules=["o_proj"]))
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("base_layer" in path or parameter.requires_grad)
+    plan = fuse_for_training(model)
+    assert not plan.grouped
+    assert set(plan.left.values()) == {"its weight is trained"}
+
+
+def test_going_backward_twice_is_refused() -> None:
+    model = packed("llama")
+    fuse_for_training(model)
+    loss = model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["phi", "phi3", "gpt2", "bert", "mixtral", "opt"])
 def test_other_families_take_what_fits_them(name: str) -> None:
     model = packed(name, allow_uncovered=name == "mixtral")
@@ -130,14 +170,14 @@ def test_checkpointing_never_repeats_the_last_product_of_a_block() -> None:
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.loftq.quant_linear.default:
-                calls.append(args[0].shape[-1])
+            if func is torch.ops.loftq.dequantize.default:
+                calls.append(args[4])  # in_features
             return func(*args, **(kwargs or {}))
 
     with Counting():
         model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
-    assert calls.count(zoo.ODD) == zoo.BLOCKS  # down_proj: forward only
-    assert calls.count(zoo.WIDTH) == 2 * 6 * zoo.BLOCKS
+    assert calls.count(zoo.ODD) == 2 * zoo.BLOCKS  # down_proj: forward and backward
+    assert calls.count(zoo.WIDTH) == 3 * 6 * zoo.BLOCKS  # the others once more in between
 
 
 def test_gradients_add_up_over_batches_and_unused_outputs_are_none() -> None:
@@ -167,6 +207,16 @@ def test_an_adapter_that_changes_before_the_backward_is_refused() -> None:
         next(p for p in model.parameters() if p.requires_grad).mul_(2)
     with pytest.raises(RuntimeError, match="changed in place between"):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"), [("bert", [3, 1, 1, 1]), ("mpnet", [3, 1, 1, 1]), ("t5", [1])]
+)
+def test_projections_of_encoders_are_groups_unless_they_attend_elsewhere(
+    name: str, groups: list[int]
+) -> None:
+    sizes = [len(group) for group in fuse_for_training(packed(name)).grouped]
+    assert sizes == groups * (len(sizes) // len(groups))
 
 
 def test_the_state_dict_and_a_merge_are_what_they_were() -> None:
@@ -249,3 +299,37 @@ def test_a_norm_that_computes_something_else_is_left_as_it_is() -> None:
     block.input_layernorm = _Doubled(zoo.WIDTH)
     assert fuse_for_training(model).norms == WHOLE["llama"] - 1
     assert "forward" not in block.input_layernorm.__dict__
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_captured_step_gives_the_gradients_of_an_eager_one() -> None:
+    """Also after the adapters changed: what is cast of them is cast inside of the graph."""
+    model = packed("llama").cuda()
+    prepare_for_training(model)
+    ids = zoo.tokens().cuda()
+
+    def run() -> dict[str, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            hidden = model.get_base_model().model(ids, use_cache=False).last_hidden_state
+        hidden.float().square().mean().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for gradient in (run(), run()):  # buffers that stay; kernels compiled
+        torch._foreach_zero_(list(gradient.values()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    torch._foreach_zero_(list(captured.values()))
+    graph.replay()
+    found = {name: gradient.clone() for name, gradient in captured.items()}
+    torch._foreach_zero_(list(captured.values()))
+    wanted = run()
+    assert all(gradient.any() for gradient in wanted.values())
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-5)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from layer_problem import effective, problem, statistics
+from loftq.formats.entropy import most_informative
 from loftq.methods import METHODS, find_method
 from loftq.methods.base import relative_error
+from loftq.rounding import round_to_nearest
 
 CALIBRATED = tuple(name for name, row in METHODS.items() if row.needs != "none")
 
@@ -47,6 +49,19 @@ def test_qlora_is_loftq_without_iterations():
     none = METHODS["loftq"].with_options(iterations=0).solve(problem())
     assert torch.equal(qlora.lora_A, none.lora_A)
     assert torch.equal(qlora.quantized[0].weight_packed, none.quantized[0].weight_packed)
+
+
+def test_ir_qlora_is_qlora_under_the_zeros_of_largest_entropy():
+    case = problem(fit="entropy", name="int2-g64-dq")
+    found, plain = METHODS["ir-qlora"].solve(case), METHODS["qlora"].solve(case)
+    rounded, _ = round_to_nearest(case.weights, case.spec, fit="entropy")
+    groups = case.weights.flatten(0, 1).unflatten(-1, (-1, 64)).flatten(0, 1)
+    assert torch.equal(rounded.zeros.flatten(), most_informative(groups, 3)[1])
+    for i in range(2):
+        assert torch.equal(found.quantized[i].weight_packed, rounded.pack(i).weight_packed)
+        assert torch.equal(found.quantized[i].weight_zero, rounded.pack(i).weight_zero)
+        assert torch.equal(found.quantized[i].weight_packed, plain.quantized[i].weight_packed)
+    assert not found.lora_B.any()
 
 
 def test_paper_and_ours_agree_where_they_should():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ from loftq.ops.dispatch import why_no_columns_kernel
 FORMATS = ("nf2-g64-f32", "nf4-g64-f32", "int2-g64-f32", "int4-g64-f32", "sint3-g64-f32",
            "iq4nl", "int8-g64-f32", "uniform4")  # fmt: skip
 SHAPES = ((1, 1, 1), (2, 5, 37), (1, 33, 64), (2, 7, 128), (1, 3, 256), (1, 67, 16))
-INTERPRETED = {"formats": ("nf2-g64-f32", "int3-g64-f32", "uniform4"), "shapes": ((2, 5, 11),)}
-"""A step of the interpreter takes milliseconds; on a GPU everything is tried."""
+SPREADS = ("column", "row", "tensor")
 
 
 def block(name, shape, spread):
@@ -39,26 +39,40 @@ def block(name, shape, spread):
     return W, factor, gram, scales, zeros, grid
 
 
-def check(device, formats=FORMATS, shapes=SHAPES):
+def check_round(device, name, shape, spread):
     from loftq.ops.triton import columns
 
-    for name in formats:
-        for shape in shapes:
-            for spread in ("column", "row", "tensor"):
-                W, factor, gram, *grid = block(name, shape, spread)
-                scales, zeros, levels = grid[0], grid[1], grid[2].codebook(W.device)
-                G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-                given = (scales, zeros, levels, grid[2].top)
-                moved = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in given)
-                wanted = round_columns_reference(W, factor, *given)
-                found = columns.round_columns(W.to(device), factor.to(device), *moved)
-                for part, other in zip(found, wanted, strict=True):
-                    assert torch.equal(part.cpu(), other), (name, shape, spread)
-                wanted = descend_columns_reference(W, G, gram, *given)
-                tensors = (t.to(device) for t in (W, G, gram))
-                found = columns.descend_columns(*tensors, *moved)
-                for part, other in zip(found, wanted, strict=True):
-                    assert torch.equal(part.cpu(), other), (name, shape, spread)
+    W, factor, _, given, moved = problem(name, shape, spread, device)
+    wanted = round_columns_reference(W, factor, *given)
+    found = columns.round_columns(W.to(device), factor.to(device), *moved)
+    assert same(found, wanted), (name, shape, spread)
+
+
+def check_descend(device, name, shape, spread):
+    from loftq.ops.triton import columns
+
+    W, _, gram, given, moved = problem(name, shape, spread, device)
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    wanted = descend_columns_reference(W, G, gram, *given)
+    found = columns.descend_columns(*(t.to(device) for t in (W, G, gram)), *moved)
+    assert same(found, wanted), (name, shape, spread)
+
+
+def problem(name, shape, spread, device):
+    """Block, factor and Gram; scales, zeros, levels and top, here and on the device."""
+    W, factor, gram, scales, zeros, grid = block(name, shape, spread)
+    given = (scales, zeros, grid.codebook(W.device), grid.top)
+    return W, factor, gram, given, [t.to(device) if torch.is_tensor(t) else t for t in given]
+
+
+def same(found, wanted):
+    return all(torch.equal(part.cpu(), other) for part, other in zip(found, wanted, strict=True))
+
+
+def check_interpreted():
+    for name, spread in product(("nf2-g64-f32", "int3-g64-f32", "uniform4"), SPREADS):
+        check_round("cpu", name, (2, 5, 11), spread)
+        check_descend("cpu", name, (2, 5, 11), spread)
 
 
 def check_trials():
@@ -74,10 +88,10 @@ def check_trials():
     assert not probe.integer_search_is_right(cpu)
 
 
-@pytest.mark.parametrize("check", ["check('cpu', **t.INTERPRETED)", "check_trials()"])
+@pytest.mark.parametrize("check", ["check_interpreted", "check_trials"])
 def test_kernels_and_trials_interpreted(check):
     pytest.importorskip("triton", reason="needs triton")
-    code = f"import test_columns as t; t.{check}; print('same')"
+    code = f"import test_columns as t; t.{check}(); print('same')"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
@@ -87,8 +101,11 @@ def test_kernels_and_trials_interpreted(check):
 
 
 @pytest.mark.gpu
-def test_kernels_equal_the_reference_on_the_gpu():
-    check("cuda")
+@pytest.mark.parametrize("check", [check_round, check_descend])
+def test_kernels_equal_the_reference_on_the_gpu(check):
+    """Every shape under every format, the spread of its scales in turn: most of it is compiling."""
+    for (i, shape), (j, name) in product(enumerate(SHAPES), enumerate(FORMATS)):
+        check("cuda", name, shape, SPREADS[(i + j) % len(SPREADS)])
 
 
 @pytest.mark.parametrize("name", FORMATS)

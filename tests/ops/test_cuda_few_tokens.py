@@ -7,17 +7,24 @@ import torch
 
 from cuda_on_cpu import ROOM, Compiler
 from loftq.ops.cuda import few_tokens as module
-from loftq.ops.cuda.few_tokens import Launch, few_tokens
+from loftq.ops.cuda import plan, probe
+from loftq.ops.cuda.few_tokens import few_tokens, why_not
+from loftq.ops.cuda.plan import FewTokens, MoreTokens
+from loftq.ops.few_tokens import Member
 from packed_product import Problem, check_overlap
 
 CASES = (
-    ("nf4", 37, 192, 3), ("nf3", 17, 320, 9), ("nf2-f16", 40, 128, 1), ("int4", 33, 1152, 2),
-    ("int3-g128-bf16", 7, 192, 17), ("int2", 50, 256, 1), ("sint2-channel", 5, 64, 1),
-    ("nf4-f32", 100, 128, 8),
-)  # fmt: skip
-LAUNCHES = (
-    Launch(warps=2, slab=32, tokens=8, ahead=2), Launch(warps=1, slab=16, tokens=16, ahead=1),
-    Launch(warps=4, slab=32, tokens=32, ahead=1),
+    ("nf4", (37,), 256, 3, FewTokens(warps=2, slab=32, ahead=2, resident=2)),
+    ("nf3", (17, 40), 512, 9, FewTokens(warps=1, slab=16, ahead=1, tokens=16)),
+    ("nf2-f16", (40, 7, 33), 768, 1, FewTokens(warps=4, slab=16, ahead=3)),
+    ("sint4-g128-bf16", (33,), 1280, 2, FewTokens(warps=2, slab=32, ahead=2)),
+    ("sint3-g128-f32", (7,), 256, 16, FewTokens(warps=2, slab=16, ahead=1, tokens=16)),
+    ("nf4-f32", (30, 5), 512, 8, FewTokens(warps=3, slab=16, ahead=3)),
+    ("nf2", (10,), 4352, 1, FewTokens(warps=2, slab=16, ahead=2)),
+    ("sint2-g256-f32", (20,), 512, 5, FewTokens(warps=2, slab=16, ahead=1)),
+    ("nf4", (60, 21), 256, 17, MoreTokens(slabs=1, tokens=32)),
+    ("nf3", (40,), 512, 64, MoreTokens(slabs=1, tokens=64)),
+    ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
 )  # fmt: skip
 
 
@@ -28,56 +35,115 @@ def compiler(tmp_path_factory):
     return Compiler(tmp_path_factory.mktemp("cuda"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_the_source_is_as_exact_as_the_dense_product(case, dtype, compiler, monkeypatch):
+def problems(name, sizes, columns, tokens, dtype, device, rank=8):
+    """Members of one input, and what each is checked by."""
+    made = [Problem(name, rows, columns, tokens, dtype, device, rank=rank) for rows in sizes]
+    for problem in made:
+        assert torch.equal(problem.x, made[0].x)
+    return made
+
+
+def members(made, dtype):
+    """dtype: of the adapters, None for none."""
+    given = [Member(*p.stored, p.packed[4:], *p.adapter) for p in made]
+    if dtype is None:
+        return [Member(*m[:5]) for m in given]
+    return [m._replace(lora_A=m.lora_A.to(dtype), lora_B=m.lora_B.to(dtype)) for m in given]
+
+
+def check(y, made, adapter):
+    for part, problem in zip(y.split([len(p.lora_B) for p in made], -1), made, strict=True):
+        problem.check(part, adapter=adapter)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[3]}")
+def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch):
+    number = CASES.index(case)
+    dtype = (torch.bfloat16, torch.float16)[number % 2]
     monkeypatch.setattr(module, "kernel", compiler)
-    monkeypatch.setattr(module, "room", lambda device: ROOM)
-    problem = Problem(*case, dtype, "cpu")
-    launch = LAUNCHES[CASES.index(case) % len(LAUNCHES)]
-    y = few_tokens(problem.x, *problem.packed, launch=launch, overlap=False)
-    problem.check(y)
-    y = few_tokens(problem.x, *problem.packed, *problem.adapter, launch=launch, overlap=False)
-    problem.check(y, adapter=True)
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    *shape, launch = case
+    made = problems(*shape, dtype, "cpu", rank=24)
+    for adapter in (None, torch.float32 if number % 3 else dtype):
+        y = few_tokens(made[0].x, members(made, adapter), launch=launch, overlap=False)
+        check(y, made, adapter is not None)
 
 
-FORMATS = (
-    "nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f16", "nf2-channel-bf16", "snf3-g128", "int4",
-    "int3-g128-f16", "int2", "sint4-f16", "sint2-g128-bf16",
-)  # fmt: skip
-SHAPES = ((1, 64, 1), (4097, 320, 5), (640, 11008, 16), (128, 4096, 33), (65, 1152, 64))
+def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch):
+    monkeypatch.setattr(module, "kernel", compiler)
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    monkeypatch.setattr(module, "LAUNCHES", (FewTokens(warps=2, slab=16, ahead=2),))
+    assert probe.product_is_right(torch.device("cpu"))
+    monkeypatch.setattr(
+        probe, "few_tokens", lambda x, members, overlap: 1.1 * few_tokens(x, members)
+    )
+    assert not probe.product_is_right(torch.device("cpu"))
+
+
+def test_what_it_does_not_hold_is_said(monkeypatch):
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    x = torch.zeros(3, 512, dtype=torch.bfloat16)
+
+    def reason(name="nf4", x=x, rows=20, rank=8, dtype=torch.bfloat16):
+        made = problems(name, (rows,), x.shape[1], max(len(x), 1), dtype, "cpu", rank=rank)
+        return why_not(x, members(made, dtype))
+
+    assert reason() == ""
+    assert "has zeros" in reason("int4")
+    assert "groups of 32" in reason("nf4-g32")
+    assert "less than a word" in reason("nf4-g128")
+    assert "in_features=320" in reason(x=x[:, :320])
+    assert "65 tokens" in reason(x=x[:1].expand(65, -1))
+    assert "rank 12" in reason(rank=12)
+    assert "torch.float16 beside torch.bfloat16" in reason(dtype=torch.float16)
+    assert "does not fit" in reason(rows=40000, rank=512)
+
+
+FORMATS = ("nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f32", "nf2-f16", "snf3-bf16",
+           "sint4-g128-f16", "sint2-g128-bf16")  # fmt: skip
+SHAPES = (
+    ((1,), 256, 1),
+    ((640, 100), 11008, 16),
+    ((4096, 1024, 1025), 2048, 8),
+    ((4097,), 512, 64),
+    ((11008, 1), 512, 17),
+)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_product_is_as_exact_as_the_dense_one_and_the_same_each_time(name, poisoned):
-    for rows, columns, tokens in SHAPES:
-        for dtype in (torch.bfloat16, torch.float16):
-            problem = Problem(name, rows, columns, tokens, dtype, "cuda")
-            y = few_tokens(problem.x, *problem.packed)
-            problem.check(y)
-            assert torch.equal(y, few_tokens(problem.x, *problem.packed))
-            y = few_tokens(problem.x, *problem.packed, *problem.adapter)
-            problem.check(y, adapter=True)
+    dtype = torch.float16 if FORMATS.index(name) % 2 else torch.bfloat16
+    for shape in SHAPES:
+        made = problems(name, *shape, dtype, "cuda", rank=16)
+        for adapter in (None, dtype):
+            given = members(made, adapter)
+            assert why_not(made[0].x, given) == ""
+            y = few_tokens(made[0].x, given)
+            check(y, made, adapter is not None)
+            assert torch.equal(y, few_tokens(made[0].x, given))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [1, 64, 300])
-def test_any_rank(rank, poisoned):
-    problem = Problem("nf4", 130, 2112, 9, torch.bfloat16, "cuda", rank=rank)
-    problem.check(few_tokens(problem.x, *problem.packed, *problem.adapter), adapter=True)
+@pytest.mark.parametrize("rank", [8, 64, 296])
+def test_any_rank_that_is_a_multiple_of_8(rank, poisoned):
+    made = problems("nf4", (130,), 2304, 9, torch.bfloat16, "cuda", rank=rank)
+    for dtype in (torch.bfloat16, torch.float32):
+        check(few_tokens(made[0].x, members(made, dtype)), made, True)
 
 
 @pytest.mark.gpu
 def test_overlapping_launches_in_a_graph_give_the_same_bits():
     """Each product reads the last one's output: a launch that read too early would differ."""
-    problem = Problem("nf4", 1024, 1024, 4, torch.bfloat16, "cuda", rank=64)
+    made = problems("nf4", (1024,), 1024, 4, torch.bfloat16, "cuda", rank=64)
 
     def chain(overlap):
-        x = problem.x
+        x = made[0].x
         for step in range(40):
-            adapter = problem.adapter if step % 3 else ()
-            x = few_tokens(x, *problem.packed, *adapter, overlap=overlap)
+            x = few_tokens(x, members(made, torch.bfloat16 if step % 3 else None), overlap=overlap)
             x = x / x.abs().max() if step % 5 == 4 else x
         return x
 

@@ -13,7 +13,8 @@ import torch
 
 from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap, why_no_decode_kernels
-from loftq.ops.groups import Member, linears, why_not_together
+from loftq.ops.few_tokens import Member
+from loftq.ops.groups import linears, why_not_together
 from packed_product import Problem, check_overlap
 from tolerances import KERNEL_ERROR_RATIO
 

@@ -102,6 +102,34 @@ def test_gate(shape: tuple[int, ...], name: str, dtype: torch.dtype, device: str
     compare(lambda g, u: pointwise.gate(g, u, name), lambda g, u: known[name](g) * u, 2, gate, up)
 
 
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_gradients_of_a_gate_over_its_inputs_are_those_beside_them(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    gate, up, grad = (torch.randn(3, 37, device=device).to(dtype) for _ in range(3))
+    wanted = gradients(lambda g, u: pointwise.gate(g, u, name), 2, grad, gate, up)
+    leaves = [tensor.clone().requires_grad_() for tensor in (gate, up)]
+    made = [leaf.clone() for leaf in leaves]
+    y = pointwise.call_gate_once(*made, name)
+    found = torch.autograd.grad(y, leaves, grad)
+    assert torch.equal(y, wanted[0])
+    for mine, over, beside in zip(found, made, wanted[1:], strict=True):
+        assert torch.equal(mine, beside)
+        assert torch.equal(over, beside)
+
+
+def test_a_norm_is_computed_again_from_what_its_node_keeps(device: str) -> None:
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    weight = torch.randn(8, device=device)
+    y = pointwise.call_rms_norm(x, weight, EPS, 1.0)
+    node = pointwise.norm_behind(y)
+    assert torch.equal(pointwise.norm_again(node), y)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(norm(x, weight, 1.0).sum(), x)[0])
+    assert pointwise.norm_behind(2 * y) is None
+    assert pointwise.norm_behind(x) is None
+
+
 def test_the_operators_pass_opcheck(device: str) -> None:
     x = torch.randn(2, 3, 4, 8, device=device, requires_grad=True)
     weight, table = torch.randn(8, device=device), torch.randn(1, 4, 8, device=device)
@@ -109,6 +137,7 @@ def test_the_operators_pass_opcheck(device: str) -> None:
         (pointwise.rms_norm, (x, weight, EPS, 1.0)),
         (pointwise.rotate, (x, table, table, False)),
         (pointwise.gate, (x, x.detach().clone().requires_grad_(), "silu")),
+        (pointwise.gate_backward_, (x.detach(), x.detach().clone(), x.detach().clone(), "silu")),
     ):
         torch.library.opcheck(operator, args)
 
@@ -124,6 +153,7 @@ def check_kernels() -> None:
             test_norm(shape, 1.0, dtype, "cpu")
             for name in ACTIVATIONS:
                 test_gate(shape, name, dtype, "cpu")
+                test_gradients_of_a_gate_over_its_inputs_are_those_beside_them(name, dtype, "cpu")
         test_rotation(12, 1, dtype, "cpu")
         test_rotation(128, 2, dtype, "cpu")
 
@@ -135,7 +165,14 @@ def check_trial() -> None:
 
     cpu = torch.device("cpu")
     assert pointwise_is_right(cpu)
-    for name in ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward"):
+    for name in (
+        "rms_norm",
+        "rms_norm_backward",
+        "rotate",
+        "gate",
+        "gate_backward",
+        "gate_backward_",
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, name, partial(slightly_off, getattr(kernels, name)))
             assert not pointwise_is_right(cpu), name
@@ -144,6 +181,8 @@ def check_trial() -> None:
 def slightly_off(kernel: Callable[..., Any], *args: Any) -> Any:
     """What a kernel gives, 1 % too large."""
     y = kernel(*args)
+    if y is None:  # over its arguments
+        return args[1].mul_(1.01)
     return 1.01 * y if isinstance(y, Tensor) else tuple(1.01 * part for part in y)
 
 

@@ -171,13 +171,14 @@ def test_a_gpu_is_named_with_its_memory_and_bfloat16(
     assert ("dtype=torch.float16" in bfloat16.advice) is not native
 
 
-@pytest.mark.parametrize("kind", ["kernels", "decoding", "training"])
+@pytest.mark.parametrize("kind", ["kernels", "CUDA C++", "decoding", "training"])
 @pytest.mark.parametrize("why", ["", "triton is not installed"])
 def test_a_gpu_without_kernels_is_a_warning_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, why: str, kind: str
 ) -> None:
     monkeypatch.setattr("loftq.ops.dispatch.why_no_kernels", lambda device: why)
     monkeypatch.setattr("loftq.ops.dispatch.why_no_decoding", lambda device: why)
+    monkeypatch.setattr("loftq.ops.dispatch.why_no_cuda", lambda device: why)
     monkeypatch.setattr("loftq.ops.dispatch.why_no_pointwise", lambda device: why)
     monkeypatch.setitem(sys.modules, "torch", FakeTorch(native=True))
     kernels = found(doctor())[f"gpu 0 {kind}"]

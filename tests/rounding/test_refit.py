@@ -3,6 +3,7 @@ import torch
 
 from loftq.formats import parse_format
 from loftq.rounding import Gptq, damped, output_error, refit_scales
+from loftq.rounding.refit import _equations, equations_at_once
 
 OUT, IN = 16, 150
 
@@ -66,3 +67,29 @@ def test_one_scale_for_the_whole_tensor_is_refitted_too():
     assert (error(fitted) < error(rounded.scales)).all()
     for factor in (0.999, 1.001):
         assert (error(fitted) < error(fitted * factor)).all()
+
+
+@pytest.mark.parametrize("size", [64, 50])
+def test_equations_of_a_stack_are_those_of_each_weight(size):
+    g, H = torch.Generator().manual_seed(3), grams()
+    pulled, units = weights() @ H, torch.randint(-3, 4, (2, OUT, IN), generator=g).float()
+    M, c = equations_at_once(pulled, H, units, size)
+    for i in range(2):
+        lower, own = _equations(pulled[i], H[i], units[i], size)
+        torch.testing.assert_close(M[i].tril(), lower, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(M[i], M[i].mT, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(c[i], own, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_refits_all_groups_at_once_to_the_same_scales():
+    W, spec = weights(), parse_format("int2-g64-f32")
+    rounded, _ = Gptq(grams(), spec, fit="mse", damping=0.01)(W)
+    H = damped(grams(), 0.01).float()
+    there = type(rounded)(spec, *(x.cuda() for x in (rounded.codes, rounded.scales, rounded.zeros)))
+    torch.testing.assert_close(
+        refit_scales(W.cuda(), H.cuda(), there).cpu(),
+        refit_scales(W, H, rounded),
+        rtol=1e-3,
+        atol=1e-4,
+    )

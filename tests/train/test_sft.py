@@ -131,7 +131,7 @@ def test_only_the_adapter_takes_gradients_and_blocks_are_computed_again(
     train(out, chats, tmp_path / "run", max_steps=1)
     assert all("lora_" in name for name in seen["trained"])
     assert seen["optimized"] == seen["count"]
-    assert seen["again"] == {"use_reentrant": False}
+    assert seen["again"] == {"use_reentrant": False, "preserve_rng_state": True}
 
 
 def test_the_device_is_checked(train: Callable, out: Path, chats: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Which format each layer gets: by depth, by measured cost under a budget, by name pattern."""
+"""Which format and rank each layer gets: by depth, by measured cost and budget, by name."""
 
 from loftq.allocation.assign import PlacedLayer, assign_formats, first_k_blocks
 from loftq.allocation.base import Allocation
-from loftq.allocation.choose import Choice, Rival, choose
+from loftq.allocation.choose import Candidate, Choice, Rival, choose
 from loftq.allocation.error import ERROR, RELATIVE
 from loftq.allocation.first import FIRST
 from loftq.allocation.kl import KL
@@ -18,6 +18,7 @@ __all__ = [
     "ALLOCATIONS",
     "MEASURED",
     "Allocation",
+    "Candidate",
     "Choice",
     "CostTable",
     "PlacedLayer",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show(out: Console, plan: Plan) -> None:
-    """Print the chosen widths by block, and the cost of the choice beside simpler ones."""
+    """Print the chosen widths (and ranks) by block, and the cost beside that of simpler choices."""
     choice = plan.choice
     assert choice is not None
     _print_widths(out, plan)
@@ -24,9 +24,10 @@ def show(out: Console, plan: Plan) -> None:
         bits = 8 * nbytes / choice.weights
         shown.add_row(name, f"{bits:.3f}", console.size(nbytes), f"{cost:.6g}")
     out.print(shown)
+    counted = "scales and 16-bit adapters" if choice.ranks else "scales"
     out.print(
         f"Sums of measured costs; at most {8 * choice.budget / choice.weights:.3f} bits a weight, "
-        "scales included.",
+        f"{counted} included.",
         style="dim",
     )
     out.print()
@@ -39,8 +40,10 @@ def _print_widths(out: Console, plan: Plan) -> None:
     for layer in plan.layers:
         if layer.info.module in plan.choice.formats:
             kind = layer.info.module.rsplit(".", 1)[-1]
-            widths.setdefault(kind, []).append(str(layer.spec.bits))
-    shown = console.table("layer", "bits of each, from the first block to the last")
+            rank = f"/{layer.rank}" if plan.choice.ranks else ""
+            widths.setdefault(kind, []).append(f"{layer.spec.bits}{rank}")
+    what = "bits/rank" if plan.choice.ranks else "bits"
+    shown = console.table("layer", f"{what} of each, from the first block to the last")
     for kind, bits in widths.items():
         shown.add_row(kind, " ".join(bits))
     out.print(shown)

@@ -32,7 +32,7 @@ def choices(plan: Plan, given: Set[str]) -> list[Choice]:
         plan: the plan.
         given: options that the user set; all others are defaults.
     """
-    return [_format(plan, given), _method(plan, given), *_data(plan, given),
+    return [_format(plan, given), *_rotation(plan), _method(plan, given), *_data(plan, given),
             *_refinement(plan, given), _rank(plan, given),
             _alpha(plan, given), _layers(plan, given), _fit(plan, given),
             _device(plan, given)]  # fmt: skip
@@ -55,6 +55,21 @@ def _format(plan: Plan, given: Set[str]) -> Choice:
         "4 bits: where QLoRA and LoftQ report the quality of 16-bit fine-tuning; --bits 3 or 2 "
         "for less",
     )
+
+
+def _rotation(plan: Plan) -> list[Choice]:
+    """Which layers have rotated inputs, or may get them; none where nothing rotates."""
+    blocks = {layer.spec.rotation for layer in plan.layers if layer.spec.rotation}
+    tried = [layer.rival for layer in plan.layers if layer.rival]
+    if tried:
+        sizes = ", ".join(str(size) for size in sorted({spec.rotation for spec in tried}))
+        value = f"auto: {len(tried)} layers, in blocks of {sizes}"
+        return [Choice("rotation", value, "solved twice, the smaller error stays")]
+    if blocks:
+        turned = sum(bool(layer.spec.rotation) for layer in plan.layers)
+        value = f"{turned} layers, in blocks of {', '.join(map(str, sorted(blocks)))}"
+        return [Choice("rotation", value, ASKED)]
+    return []
 
 
 def _method(plan: Plan, given: Set[str]) -> Choice:
@@ -93,8 +108,12 @@ def _refinement(plan: Plan, given: Set[str]) -> list[Choice]:
 
 def _rank(plan: Plan, given: Set[str]) -> Choice:
     parameters = plan.adapter_parameters
-    value = f"{plan.config.rank} ({parameters:,} adapter weights)"
+    ranks = sorted({layer.rank for layer in plan.layers if layer.rank})
+    value = f"{', '.join(map(str, ranks))} ({parameters:,} adapter weights)"
     share = f"{parameters / plan.weights:.1%} of the quantized weights"
+    if plan.config.ranks and plan.choice is not None:
+        reason = f"least {plan.choice.allocation} cost, layer by layer: {share}"
+        return Choice("rank", value, reason)
     if "rank" in given:
         return Choice("rank", value, f"{ASKED}: {share}")
     return Choice("rank", value, f"{share}; a higher rank corrects more and costs more")

@@ -32,6 +32,13 @@ Allocation = Annotated[
         "by measured cost: error, relative, kl."
     ),
 ]
+Rotation = Annotated[
+    str | None,
+    typer.Option(
+        help="Rotate the inputs of a layer: none (default), all, or auto: where it lowers the "
+        "error. Only loftq's own layers run it."
+    ),
+]
 Format = Annotated[
     str | None, typer.Option(help="Format by name, over --bits: nf3-g64-dq, int4-g128-f16, ...")
 ]
@@ -265,6 +272,10 @@ def _typed(key: str, value: Any, known: Mapping[str, Any]) -> Any:
         return byte_count(key, value)
     if "Mapping" in hint:
         return _mapping(key, value)
+    if "tuple[int" in hint:
+        items = value.split(",") if isinstance(value, str) else value
+        items = items if isinstance(items, list | tuple) else [items]
+        return tuple(_number(key, item, int, "whole numbers") for item in items)
     if "tuple" in hint:
         return _names(key, value)
     if "bool" in hint:

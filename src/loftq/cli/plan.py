@@ -24,6 +24,7 @@ def plan(
     ] = None,
     bits: options.Bits = None,
     allocation: options.Allocation = None,
+    rotation: options.Rotation = None,
     format: options.Format = None,
     method: options.Method = None,
     rank: options.Rank = None,
@@ -56,9 +57,10 @@ def plan(
 ) -> None:
     """Say what quantizing MODEL would take and give: bits, bytes, memory, time, where it serves."""
     flags = {
-        "bits": bits, "allocation": allocation, "format": format, "method": method, "rank": rank,
-        "alpha": alpha, "data": data, "targets": targets, "skip": skip, "engine": engine,
-        "device": device, "seed": seed, "allow_uncovered": allow_uncovered,
+        "bits": bits, "allocation": allocation, "rotation": rotation, "format": format,
+        "method": method, "rank": rank, "alpha": alpha, "data": data, "targets": targets,
+        "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     known = None if memory is None else {**_training_keys(), **options.keys()}
     request = options.collect(flags, settings, config, known)

@@ -30,6 +30,7 @@ def quantize(
     settings: options.Settings = None,
     bits: options.Bits = None,
     allocation: options.Allocation = None,
+    rotation: options.Rotation = None,
     format: options.Format = None,
     method: options.Method = None,
     rank: options.Rank = None,
@@ -50,9 +51,10 @@ def quantize(
 ) -> None:
     """Quantize MODEL: packed weights, the LoRA start that belongs to them, a record per layer."""
     flags = {
-        "bits": bits, "allocation": allocation, "format": format, "method": method, "rank": rank,
-        "alpha": alpha, "data": data, "targets": targets, "skip": skip, "engine": engine,
-        "device": device, "seed": seed, "allow_uncovered": allow_uncovered,
+        "bits": bits, "allocation": allocation, "rotation": rotation, "format": format,
+        "method": method, "rank": rank, "alpha": alpha, "data": data, "targets": targets,
+        "skip": skip, "engine": engine, "device": device, "seed": seed,
+        "allow_uncovered": allow_uncovered,
     }  # fmt: skip
     request = options.collect(flags, settings, config)
     out = console.screen(as_json=as_json)

@@ -8,6 +8,7 @@ Fits, the rule that chooses a group's scale:
     mse      the scale with the least squared error over a search (`SEARCH`), clipping outliers
     sigma    mean + 2.5 std per group (`even`) or a clip at mean +- 2 std (`uniform`), as the
              first LoftQ code did; only for reproducing its tables
+    entropy  the zero whose codes have the largest entropy (`int`; formats/entropy.py)
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ import torch
 from torch import Tensor
 
 from loftq.formats.codebooks import even_levels
+from loftq.formats.entropy import most_informative
 from loftq.formats.spec import FormatSpec
 from loftq.ops.columns import LEAST_SCALE
 from loftq.ops.dispatch import integer_search_kernel, round_kernel, search_kernel
 from loftq.ops.reference import PER_TENSOR
 
-FITS = ("absmax", "mse", "sigma")
+FITS = ("absmax", "mse", "sigma", "entropy")
 CHUNK = 1 << 18  # elements worked on at once on a CPU: a few buffers of this size stay in L2
 SIGMA_ERROR = "scale_fit=sigma is for the grids `even` and `uniform`; use absmax or mse."
+ENTROPY_ERROR = (
+    "scale_fit=entropy chooses the zero of each group, and of the grids only `int` stores one; "
+    "use absmax or mse, or a format such as int4-g64."
+)
 BINS = 1 << 12  # of the lookup that replaces a binary search for the nearest level
 
 # Multiples of the absmax scale that the search tries: low widths clip much more.
@@ -50,6 +56,18 @@ DEFAULT_FIT: dict[tuple[str, int], str] = {
 def default_fit(spec: FormatSpec) -> str:
     """The fit of a format when neither the user nor the method names one."""
     return DEFAULT_FIT.get((spec.grid, spec.bits), "mse")
+
+
+def fits_of(spec: FormatSpec) -> tuple[str, ...]:
+    """The fits that a format can have."""
+    return _FITS_OF.get(spec.grid, ("absmax", "mse"))
+
+
+_FITS_OF = {
+    "int": ("absmax", "mse", "entropy"),
+    "even": ("absmax", "mse", "sigma"),
+    "uniform": ("absmax", "sigma"),
+}
 
 
 class Grid(Protocol):
@@ -205,6 +223,8 @@ class CodebookGrid(_GroupedGrid):
             if self.levels != even_levels(self.bits):
                 raise ValueError(SIGMA_ERROR)
             return (x.mean(-1) + 2.5 * _std(x, -1),)
+        if rule == "entropy":
+            raise ValueError(ENTROPY_ERROR)
         low, high = -self.levels[0], self.levels[-1]
         widest = torch.maximum(x.amax(-1) / high, -x.amin(-1) / low).clamp_min_(LEAST_SCALE)
         if rule == "absmax":
@@ -294,6 +314,8 @@ class IntegerGrid(_GroupedGrid):
     def _fit(self, x: Tensor, rule: str) -> tuple[Tensor, ...]:
         if rule == "sigma":
             raise ValueError(SIGMA_ERROR)
+        if rule == "entropy":
+            return most_informative(x, self.top)
         low, high = x.amin(-1).clamp_max_(0), x.amax(-1).clamp_min_(0)
         scale = ((high - low) / self.top).clamp_min_(LEAST_SCALE)
         zero = (-low / scale).round_()

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from loftq.formats.codebooks import IQ4_NL, even_levels, normal_float, symmetric_normal_float
+from loftq.ops.hadamard import BLOCKS
 from loftq.ops.reference import (
     NESTED_RUN,
     PER_CHANNEL,
@@ -28,7 +29,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_GROUP = 64
 _NAME = re.compile(
     r"(?P<grid>iq4nl|nf|snf|int|sint|even|uniform)(?P<bits>\d*)"
-    r"(?:-(?P<group>g\d+|channel|tensor))?(?:-(?P<coding>dq|f16|bf16|f32))?"
+    r"(?:-(?P<group>g\d+|channel|tensor))?(?:-(?P<coding>dq|f16|bf16|f32))?(?:-h(?P<rotation>\d+))?"
 )
 
 
@@ -44,6 +45,8 @@ class FormatSpec:
     """Columns that share a scale; 0 = one scale per row, -1 = one for the tensor (uniform only)."""
     scale_coding: str = "dq"
     """How a scale is stored: dq (nested, 8 bits), f16, bf16 or f32."""
+    rotation: int = 0
+    """Columns of a block in which the input side is rotated (ops/hadamard.py); 0 = it is not."""
 
     def __post_init__(self) -> None:
         if self.grid not in GRID_BITS:
@@ -67,13 +70,21 @@ class FormatSpec:
                 f"scale coding {self.scale_coding!r} does not exist; "
                 f"choose {', '.join(SCALE_BYTES)}."
             )
+        if self.rotation not in (0, *BLOCKS):
+            raise ValueError(
+                f"a rotation in blocks of {self.rotation} columns does not exist; "
+                f"choose {', '.join(map(str, BLOCKS))}."
+            )
+        if self.rotation and self.group_size == PER_TENSOR:
+            raise ValueError(f"{self.grid}{self.bits}: `uniform` is stored unrotated; drop -h.")
 
     def __str__(self) -> str:
         grid = self.grid if self.grid == "iq4nl" else f"{self.grid}{self.bits}"
         group = {PER_CHANNEL: "channel", PER_TENSOR: "tensor"}.get(
             self.group_size, f"g{self.group_size}"
         )
-        return f"{grid}-{group}-{self.scale_coding}"
+        turned = f"-h{self.rotation}" if self.rotation else ""
+        return f"{grid}-{group}-{self.scale_coding}{turned}"
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -112,8 +123,17 @@ def row_bytes(in_features: int, bits: int) -> int:
 
 
 def component_shapes(spec: FormatSpec, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the uint8 tensors that hold a weight of `shape` (out_features, in_features)."""
+    """Shapes of the uint8 tensors that hold a weight of `shape` (out_features, in_features).
+
+    Raises:
+        ValueError: a rotation whose blocks do not fill a row.
+    """
     out_features, in_features = shape
+    if spec.rotation and in_features % spec.rotation:
+        raise ValueError(
+            f"{spec}: {in_features} columns are not whole blocks of {spec.rotation}. Choose a "
+            "smaller block, or leave the layer unrotated."
+        )
     if spec.group_size == PER_TENSOR:
         return {
             "weight_packed": (out_features, row_bytes(in_features, spec.bits)),
@@ -133,7 +153,7 @@ def component_shapes(spec: FormatSpec, shape: tuple[int, int]) -> dict[str, tupl
 
 
 def parse_format(name: str) -> FormatSpec:
-    """FormatSpec of a name such as `nf4`, `nf2-g32`, `int3-g128-f16`, `sint8-channel-bf16`.
+    """FormatSpec of a name such as `nf4`, `nf2-g32`, `int3-g128-f16`, `int2-g64-dq-h64`.
 
     Group 64 and nested ("dq") scales are the defaults; iq4nl defaults to groups of 32 with float16
     scales and `uniform` to one float32 scale for the tensor, the only forms their readers know.
@@ -153,6 +173,7 @@ def parse_format(name: str) -> FormatSpec:
         bits=int(match["bits"] or 4),
         group_size=int(group[1:]) if size is None else size,
         scale_coding=coding or {"iq4nl": "f16", "uniform": "f32"}.get(grid, "dq"),
+        rotation=int(match["rotation"] or 0),
     )
 
 
@@ -170,6 +191,6 @@ def _unknown(name: str, problem: str) -> str:
     near = difflib.get_close_matches(stem, known_formats(), n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]}?" if near else "Known: " + ", ".join(known_formats()) + "."
     return (
-        f"{problem}. {hint} A name is GRID+BITS[-gSIZE|-channel][-dq|-f16|-bf16|-f32], "
+        f"{problem}. {hint} A name is GRID+BITS[-gSIZE|-channel][-dq|-f16|-bf16|-f32][-hBLOCK], "
         "for example nf4-g64-dq."
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loftq.formats.basis import decoded_dtype, from_stored_basis
 from loftq.formats.packing import pack_codes
 from loftq.formats.scales import encode_scales
 from loftq.formats.spec import FormatSpec, component_shapes
@@ -70,11 +71,12 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out_features, in_features) that the bytes stand for."""
-        return dequantize(
+        stored = dequantize(
             self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
             self.shape[1], self.spec.bits, self.spec.group_size, self.spec.scale_coding,
-            self.spec.levels, self.spec.default_zero, dtype,
+            self.spec.levels, self.spec.default_zero, decoded_dtype(self.spec, dtype),
         )  # fmt: skip
+        return from_stored_basis(stored, self.spec).to(dtype)
 
     @property
     def nbytes(self) -> int:

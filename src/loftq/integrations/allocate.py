@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from loftq.integrations import calibrate
 from loftq.ops.precision import full_float32
 from loftq.pipeline.allocate import (
     Cost,
+    Gaps,
     OnCost,
     costs_fingerprint,
     decide,
@@ -25,7 +27,7 @@ from loftq.pipeline.allocate import (
 )
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import LayerInfo, ModelLayout
-from loftq.pipeline.plan import Plan, PlanError, Source, make_plan
+from loftq.pipeline.plan import PlanError, Source, make_plan
 from loftq.pipeline.stream import oriented
 
 
@@ -68,42 +70,55 @@ def allocated(
     if not row.measured:
         return None
     _check(config, layout, windows)
-    fingerprint = costs_fingerprint(
-        config, source=source.fingerprint(), tokens=_tokens(config, windows), device=device
-    )
-    folder = calibrate.statistics_folder(config) / "costs"
-    table = CostTable(folder / f"{config.allocation}-{fingerprint}.jsonl")
+    tables = {
+        rank: CostTable(_place(config, rank, source, windows, device)) for rank in config.all_ranks
+    }
     layers = sharing_layers(config, layout)
     names, specs = [info.module for info in layers], config.candidate_formats()
-    todo = [spec for spec in specs if table.missing(names, str(spec))]
-    if not todo:
-        return decide(config, layout, table)
-    if measuring is None:
-        gaps = sum(len(table.missing(names, str(spec))) for spec in todo)
+    todo = [
+        (table, spec, rank)
+        for rank, table in tables.items()
+        for spec in specs
+        if table.missing(names, str(spec))
+    ]
+    if todo and measuring is None:
+        gaps = sum(len(table.missing(names, str(spec))) for table, spec, _ in todo)
         raise PlanError(
-            f"allocation={config.allocation}: {gaps} of {len(names) * len(specs)} costs are not "
-            "measured yet. `loftq plan --measure` does so and keeps them, and so does `loftq "
-            "quantize`."
+            f"allocation={config.allocation}: {gaps} of {len(names) * len(specs) * len(tables)} "
+            "costs are not measured yet. `loftq plan --measure` does so and keeps them, and so "
+            "does `loftq quantize`."
         )
-    plans = {}
-    for spec in todo:
-        alone = uniform(config, spec)
-        known = calibrate.planned(alone, windows, source.fingerprint(), device)
-        plans[str(spec)] = make_plan(alone, layout, source, device=device, calibration=known)
-    _fill(config, table, plans, layers, source, windows, measuring)
-    return decide(config, layout, table)
+    if todo:
+        assert measuring is not None
+        gaps_of = []
+        for table, spec, rank in todo:
+            alone = uniform(config, spec, rank)
+            known = calibrate.planned(alone, windows, source.fingerprint(), device)
+            plan = make_plan(alone, layout, source, device=device, calibration=known)
+            gaps_of.append(Gaps(table, str(spec), plan))
+        _fill(config, gaps_of, layers, source, windows, measuring)
+    return decide(config, layout, tables)
+
+
+def _place(
+    config: QuantizeConfig, rank: int, source: Source, windows: TokenWindows | None, device: str
+) -> Path:
+    fingerprint = costs_fingerprint(
+        config, rank, source=source.fingerprint(), tokens=_tokens(config, windows), device=device
+    )
+    folder = calibrate.statistics_folder(config) / "costs"
+    return folder / f"{config.allocation}-{fingerprint}.jsonl"
 
 
 def _fill(
     config: QuantizeConfig,
-    table: CostTable,
-    plans: dict[str, Plan],
+    gaps: Sequence[Gaps],
     layers: list[LayerInfo],
     source: Source,
     windows: TokenWindows | None,
     measuring: Measuring,
 ) -> None:
-    plan, statistics, row = next(iter(plans.values())), None, config.allocation_row()
+    plan, statistics, row = gaps[0].plan, None, config.allocation_row()
     if plan.calibration is not None:
         assert windows is not None
         statistics = calibrate.take_statistics(
@@ -119,7 +134,7 @@ def _fill(
         assert windows is not None
         assert row.of_outputs is not None
         cost = output_cost(measuring.open_model(), _first(windows, config), row.of_outputs)
-    measure(table, plans, layers, source, statistics, cost, on_cost=measuring.on_cost)
+    measure(gaps, layers, source, statistics, cost, on_cost=measuring.on_cost)
 
 
 def output_cost(model: nn.Module, windows: TokenWindows, of_outputs: OutputCost) -> Cost:

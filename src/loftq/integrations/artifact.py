@@ -56,7 +56,7 @@ def quantization_config(result: RunResult) -> dict[str, Any]:
         "quant_method": "loftq",
         "version": QUANT_VERSION,
         "weights": WEIGHTS_INDEX,
-        "layers": layer_entries(plan),
+        "layers": layer_entries(plan, result.formats),
         "modules_to_not_convert": dense_modules(plan),
         "backbone": result.backbone,
         "adapter_required": plan.config.resolved_method().adapter_required,
@@ -68,12 +68,14 @@ def dense_modules(plan: Plan) -> list[str]:
     return sorted(kept.module for kept in plan.layout.kept if kept.reason != SHARES)
 
 
-def layer_entries(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Format and shape of each packed module."""
+def layer_entries(plan: Plan, formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Format, as it was stored, and shape of each packed module."""
     return {
-        layer.info.module: {"format": str(layer.spec), "shape": list(layer.info.shape)}
+        layer.info.module: {
+            "format": formats[layer.info.module], "shape": list(layer.info.shape),
+        }
         for layer in plan.layers
-    }
+    }  # fmt: skip
 
 
 def adapter_config(plan: Plan, base: str) -> dict[str, Any]:
@@ -92,7 +94,19 @@ def adapter_config(plan: Plan, base: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": target_modules(plan),
+        **_patterns(plan),
     }
+
+
+def _patterns(plan: Plan) -> dict[str, dict[str, float]]:
+    """PEFT's ranks and alphas of the layers whose rank is another; s is that of all layers."""
+    config = plan.config
+    ranks = {x.info.module: x.rank for x in plan.layers if x.rank not in (0, config.rank)}
+    if not ranks:
+        return {}
+    root = 0.5 if config.rslora else 1.0
+    alphas = {module: config.scaling * rank**root for module, rank in ranks.items()}
+    return {"rank_pattern": dict(ranks), "alpha_pattern": alphas}
 
 
 def target_modules(plan: Plan) -> list[str]:
@@ -145,10 +159,11 @@ def calibration_record(plan: Plan) -> dict[str, Any] | None:
 
 
 def allocation_record(plan: Plan) -> dict[str, Any] | None:
-    """Budget, cost and rivals of a measured allocation; formats stand in the layers' records."""
+    """Budget, cost and rivals of a measured allocation; the layers' records hold the rest."""
     if plan.choice is None:
         return None
-    return {key: value for key, value in plan.choice.to_dict().items() if key != "formats"}
+    told = plan.choice.to_dict()
+    return {key: value for key, value in told.items() if key not in ("formats", "ranks")}
 
 
 def totals(result: RunResult) -> dict[str, Any]:

@@ -36,8 +36,9 @@ from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import ModelLayout
 from loftq.pipeline.plan import Plan
 
-TOKENS_AT_ONCE = 1 << 13
-TOKEN_BYTES = 1 << 20  # of a GPU for each token in flight: inputs of the widest layer, some times
+FEW_TOKENS, MANY_TOKENS = 1 << 13, 1 << 15  # in one forward on a GPU: they keep it busy
+SMALL_BYTES = 1 << 32  # as much as a forward may take where more than FEW_TOKENS are in flight
+COPIES = 96  # bytes of a GPU for each input of the widest layer and each token in flight
 
 OnBlock = Callable[[str, int, int], object]
 """Called when the statistics of a block are taken: its path, blocks done, blocks in all."""
@@ -122,7 +123,8 @@ def open_statistics(
     assert plan.calibration is not None
     layers = _read_layers(plan)
     _warn_of_few_tokens(plan.calibration, layers)
-    chunk = windows_at_once(torch.device(plan.device), plan.calibration.context)
+    context, widest = plan.calibration.context, max(layers.values())
+    chunk = windows_at_once(torch.device(plan.device), context, widest)
     return SequentialStatistics(
         open_model, layers, windows, recall=recall, on_block=on_block, chunk=chunk
     )
@@ -174,7 +176,7 @@ def take_statistics(
         pending = writer.submit(packed)
         on_block(block, done, len(model.blocks))
 
-    chunk = windows_at_once(model.device, calibration.context)
+    chunk = windows_at_once(model.device, calibration.context, max(layers.values()))
     with full_float32(), ThreadPoolExecutor(1, thread_name_prefix="statistics") as writer:
         collect(model, layers, windows, calibration.kind, on_block=keep, skip=known, chunk=chunk)
         if pending is not None:
@@ -211,12 +213,22 @@ def _take_fisher(
     return store
 
 
-def windows_at_once(device: torch.device, context: int) -> int:
-    """Windows in one forward: a GPU is busy with TOKENS_AT_ONCE, a CPU with less."""
+def windows_at_once(device: torch.device, context: int, widest: int) -> int:
+    """Windows in one forward: a GPU is busy with FEW_TOKENS of a large model, a CPU with less.
+
+    A forward of few tokens through a small model waits for the host, layer by layer.
+
+    Args:
+        device: that runs.
+        context: tokens of a window.
+        widest: inputs of the widest layer.
+    """
     if device.type == "cpu":
         return 4
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(TOKENS_AT_ONCE, free // TOKEN_BYTES) // context)
+    token = COPIES * widest
+    tokens = min(MANY_TOKENS, max(FEW_TOKENS, SMALL_BYTES // token))
+    return max(1, min(tokens, free // token) // context)
 
 
 def _read_layers(plan: Plan) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loftq.formats import FormatSpec
+from loftq.formats import FormatSpec, to_stored_basis
 from loftq.nn.packed import PackedLayer, autocast, no_gradient, no_gradient_comes
 from loftq.ops import quant_linear
 
@@ -65,8 +65,8 @@ class QuantConv1D(PackedLayer, Conv1D):
                 f"{self.label}: input of shape {tuple(x.shape)}, expected (..., {self.nx})"
             )
         y = quant_linear(
-            x, self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
-            *self.layout, no_gradient_comes(self, x),
+            to_stored_basis(x, self.spec), self.weight_packed, self.weight_scale, self.weight_zero,
+            self.weight_nested, *self.layout, no_gradient_comes(self, x),
         )  # fmt: skip
         return y + self.bias.to(y.dtype)
 

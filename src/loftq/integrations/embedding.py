@@ -51,6 +51,8 @@ class QuantEmbedding(PackedLayer, nn.Embedding):
                 f"max_norm={module.max_norm} rewrites rows of the embedding at each lookup, which "
                 'a packed table cannot do. Leave it dense with skip=["..."].'
             )
+        if spec.rotation:
+            raise ValueError(f"{spec} rotates the inputs of a layer, and an embedding has none.")
         weight = module.weight
         layer = cls(
             module.num_embeddings, module.embedding_dim, spec,

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from loftq.integrations.families import READ_ONE_INPUT, why_no_family, without_peft
 from loftq.integrations.guard import is_guard
-from loftq.integrations.inference import active_adapter, why_not_folded
+from loftq.integrations.inference import active_adapter, why_not_folded, why_turned
 from loftq.integrations.members import averaged_members, is_average, log_mean
 from loftq.nn import QuantLinear
 from loftq.nn.members import MemberLinear
 from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap
-from loftq.ops.groups import Member, linears
+from loftq.ops.few_tokens import Member
+from loftq.ops.groups import linears
 
 MOST_QUERIES = 16  # query heads of one key head: rows of the attention kernel
 
@@ -182,6 +183,8 @@ def _why_no_member(name: str, module: nn.Module) -> str:
     base: Any = _packed(module)
     if type(base) is not QuantLinear:
         return f"{type(base).__name__} is no packed linear layer"
+    if why := why_turned(base):
+        return why
     adapted = base is not module and not isinstance(module, MemberLinear)
     if adapted and (why := why_not_folded(module)):
         return why

@@ -43,7 +43,7 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     folded, left = [], {}
     for path, module in model.named_modules():
         if is_adapted(module):
-            if why := why_not_folded(module):
+            if why := why_not_folded(module) or why_turned(module.base_layer):
                 left[path] = why
             else:
                 module.forward = MethodType(_forward, module)
@@ -80,6 +80,12 @@ def why_not_folded(module: Any) -> str:
     if module.lora_B[active[0]].bias is not None:
         return f"adapter {active[0]!r} has a bias"
     return ""
+
+
+def why_turned(base: Any) -> str:
+    """Reason that a packed layer's bytes are no operand of a product with its inputs, or ""."""
+    block = base.spec.rotation if isinstance(base, PackedLayer) else 0
+    return f"its inputs are rotated in blocks of {block} first" if block else ""
 
 
 def active_adapter(module: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.integrations.families import READ_ONE_INPUT, why_no_family, without_peft
-from loftq.integrations.inference import active_adapter, why_not_folded
+from loftq.integrations.inference import active_adapter, why_not_folded, why_turned
 from loftq.nn import QuantLinear
 from loftq.ops.cpu.decoder import BlockTensors, Linear, ModelTensors
 from loftq.ops.cpu.library import BITS, DTYPES, SCALES
@@ -113,6 +113,8 @@ def _stored(name: str, module: nn.Module) -> tuple[list[Tensor | None], tuple | 
         return [weight], None
     if type(module) is not QuantLinear:
         raise NotReadable(f"{name} is a {type(module).__name__}")
+    if why := why_turned(module):
+        raise NotReadable(f"{name}: {why}")
     bits, group_size, coding, levels, default_zero = module.layout
     if bits not in BITS or group_size == PER_TENSOR or coding not in SCALES:
         raise NotReadable(f"{name}: {module.spec} is no format of the library")

@@ -136,12 +136,14 @@ def _packed(
             solved = list(solved)
     factors = {ADAPTER_PREFIX + spec.name: source.read(spec.name).float() for spec in plan.heads}
     hashes: dict[str, str] = {}
+    formats: dict[str, str] = {}
     for done in solved:
         batch, solution = done.batch, done.solution
         for i, layer in enumerate(batch.layers):
             home = source.read(layer.info.tensor).device
             packed = pack_layer(model, layer.info.module, solution.quantized[i], builders=BUILDERS)
             packed.to(home)
+            formats[layer.info.module] = str(packed.spec)
             pair = adapter_pair(layer, solution.lora_A[i], solution.lora_B[i])
             factors |= {name: tensor.to(home) for name, tensor in pair.items()}
             for part, tensor in solution.quantized[i].to_state_dict().items():
@@ -150,13 +152,13 @@ def _packed(
         if on_batch:
             on_batch(batch, [record.to_dict() for record in solution.records], False)
     share_packed_(model)
-    attach(model, _config(plan, backbone_hash(hashes)))
+    attach(model, _config(plan, formats, backbone_hash(hashes)))
     return _with_adapter(model, plan, factors)
 
 
-def _config(plan: Plan, backbone: str) -> LoftqConfig:
+def _config(plan: Plan, formats: dict[str, str], backbone: str) -> LoftqConfig:
     return LoftqConfig(
-        layers=artifact.layer_entries(plan),
+        layers=artifact.layer_entries(plan, formats),
         modules_to_not_convert=artifact.dense_modules(plan),
         backbone=backbone,
         adapter_required=plan.config.resolved_method().adapter_required,

@@ -1,4 +1,6 @@
-"""A stock transformers + PEFT model on packed layers, made fast for training without new modules.
+"""A stock transformers + PEFT model, made fast for training without new modules.
+
+Its layers are packed; those that are dense, as in LoRA on 16-bit weights, take the same path.
 
 Layers, norms, attentions and MLPs keep their class, their parameters and their names and get a
 `forward` of their own that computes the same in fewer passes: projections that share an input as a
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,13 +32,18 @@ from loftq.nn.group import Adapted, project
 from loftq.nn.packed import autocast
 from loftq.ops import pointwise
 
+PROJECTIONS = (READ_ONE_INPUT, ("query", "key", "value"), ("q", "k", "v"))
+"""Names that attentions have for them: Llama's, BERT's, MPNet's."""
+CROSS_ATTENTION = ("is_encoder_decoder", "add_cross_attention")
+"""Entries of a config."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """Which modules take which path in training."""
 
     grouped: tuple[tuple[str, ...], ...]
-    """Paths of adapted packed layers, those that are computed together side by side."""
+    """Paths of adapted layers, those that are computed together side by side."""
     norms: int
     """Norms that run as one kernel."""
     rotary: int
@@ -43,7 +51,7 @@ class TrainingPlan:
     gates: int
     """MLPs whose gated activation does."""
     left: dict[str, str] = field(default_factory=dict)
-    """Paths of adapted packed layers that run PEFT's forward -> why."""
+    """Paths of adapted layers that run PEFT's forward -> why."""
 
     @property
     def reasons(self) -> str:
@@ -69,14 +77,15 @@ def fuse_for_training(model: nn.Module) -> TrainingPlan:
     """Bind the fast forwards, in place; `undo_training` takes them away.
 
     Args:
-        model: a PEFT model on a packed backbone.
+        model: a PEFT model, on a packed backbone or on a dense one.
     """
     undo_training(model)
     undo_inference(model)
     paths = {module: path for path, module in model.named_modules()}
-    adapted = [module for module in paths if is_adapted(module)]
+    adapted = [module for module in paths if is_adapted(module) or _is_adapted_dense(module)]
     left = {paths[m]: why for m in adapted if (why := why_not_trained(m))}
-    groups = _groups(paths, [m for m in adapted if paths[m] not in left])
+    shared = () if _attends_elsewhere(model) else paths
+    groups = _groups(shared, [m for m in adapted if paths[m] not in left])
     for layers in groups:
         handed = _Handed()
         for index, layer in enumerate(layers):
@@ -115,9 +124,11 @@ def why_not_trained(module: Any) -> str:
     dropout = module.lora_dropout[name]
     if not isinstance(dropout, nn.Identity) and dropout.p > 0:
         return "its adapter has dropout"
-    bias = module.base_layer.bias
-    if bias is not None and bias.requires_grad:
+    base = module.base_layer
+    if base.bias is not None and base.bias.requires_grad:
         return "its bias is trained"
+    if type(base) is nn.Linear and base.weight.requires_grad:  # packed ones never are
+        return "its weight is trained"
     return ""
 
 
@@ -205,8 +216,12 @@ class _Gate(_Bound):
         if torch.compiler.is_compiling():
             return self.stock(x)
         pair = _to_train(x, mlp.gate_proj, mlp.up_proj)
-        gate, up = project(autocast(x), pair) if pair else (mlp.gate_proj(x), mlp.up_proj(x))
-        return mlp.down_proj(pointwise.call_gate(gate, up, self.activation))
+        if pair:  # made here, for nobody else
+            gate, up = project(autocast(x), pair)
+            inner = pointwise.call_gate_once(gate, up, self.activation)
+        else:
+            inner = pointwise.call_gate(mlp.gate_proj(x), mlp.up_proj(x), self.activation)
+        return mlp.down_proj(inner)
 
 
 def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:
@@ -228,12 +243,18 @@ def _groups(
 ) -> list[tuple[nn.Module, ...]]:
     """The adapted layers by who reads the same input, each once."""
     found: dict[nn.Module, tuple[nn.Module, ...]] = {layer: (layer,) for layer in adapted}
-    for module in modules:
-        layers = [getattr(module, name, None) for name in READ_ONE_INPUT]
+    for module, names in product(modules, PROJECTIONS):
+        layers: list[Any] = [getattr(module, name, None) for name in names]
         shared = tuple(layer for layer in layers if layer in found)
-        if len(shared) == len(READ_ONE_INPUT):
+        if len(shared) == len(names) and len({one.in_features for one in shared}) == 1:
             found.update(dict.fromkeys(shared, shared))
     return list(dict.fromkeys(found.values()))
+
+
+def _attends_elsewhere(model: Any) -> bool:
+    """Whether some attentions read keys and values from another sequence than queries."""
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, False) for name in CROSS_ATTENTION)
 
 
 def _with_gates(
@@ -244,6 +265,12 @@ def _with_gates(
     pairs = [(mlp.gate_proj, mlp.up_proj) for mlp in gates]
     joined = {one: pair for pair in pairs if single.issuperset(pair) for one in pair}
     return list(dict.fromkeys(joined.get(layers[0], layers) for layers in groups))
+
+
+def _is_adapted_dense(module: nn.Module) -> bool:
+    """Whether this is a PEFT layer around a plain linear one, as of LoRA on 16-bit weights."""
+    base = getattr(module, "base_layer", None)
+    return type(base) is nn.Linear and hasattr(module, "lora_A")
 
 
 def _is_foreign(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from loftq.methods.cloq import CLOQ, CLOQ_CORE
 from loftq.methods.corda import CORDA
 from loftq.methods.eora import EORA
 from loftq.methods.fast import FAST
+from loftq.methods.ir_qlora import IR_QLORA
 from loftq.methods.loftq import LOFTQ, LOFTQ_PAPER
 from loftq.methods.lq_lora import LQ_LORA
 from loftq.methods.lqer import LQER
@@ -28,6 +29,7 @@ _ROWS = (
     BEST,
     MAX,
     LOFTQ_PAPER,
+    IR_QLORA,
     QPISSA,
     LQ_LORA,
     LQER,

@@ -14,6 +14,7 @@ from loftq.formats import QuantizedTensor
 from loftq.lowrank import LowRank
 from loftq.methods.parts import CORRECTIONS, METRICS, NEEDS, ROUNDINGS, SCHEDULES, TRANSFORMS, Parts
 from loftq.methods.problem import LayerProblem, input_notes
+from loftq.methods.rival import better_of
 from loftq.methods.target import TARGETS
 from loftq.refine import REFINEMENTS
 from loftq.rounding import output_error, round_to_nearest
@@ -122,6 +123,8 @@ class Method:
     """What gradients do to the adapters afterwards: a row of refine.REFINEMENTS."""
     scale_fit: str | None = None
     """Fit the method prescribes; None = the format's default."""
+    grid: str | None = None
+    """Grid the method prescribes for --bits; None = that of --bits itself, nf."""
     scale_coding: str | None = None
     """Scale coding the method prescribes; None = as the format says."""
     reproduction: bool = False
@@ -188,6 +191,9 @@ class Method:
             ValueError: statistics that the method needs are missing.
             DampingError: strict, and a Gram needs more damping.
         """
+        if problem.rival is not None:
+            other = replace(problem, spec=problem.rival, rival=None)
+            return better_of(self.solve(replace(problem, rival=None)), self.solve(other))
         parts = Parts(self, problem, _generator(problem.seeds))
         found = SCHEDULES[self.schedule](parts)
         factors = found.low_rank or fresh_adapter(problem.weights, problem.rank, problem.seeds)

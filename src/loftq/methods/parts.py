@@ -6,12 +6,13 @@ A new metric, rounding or schedule is an entry here; neither methods nor the pip
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from loftq.formats import from_stored_basis, to_stored_basis
 from loftq.lowrank import (
     CholeskyRoot,
     CovarianceRoot,
@@ -23,11 +24,11 @@ from loftq.lowrank import (
     WhitenedSolver,
     make_solver,
 )
-from loftq.methods.problem import LayerProblem, known_gram, known_inputs
+from loftq.methods.problem import LayerProblem, in_stored_basis, known_gram, known_inputs
 from loftq.methods.target import sequential_target
-from loftq.rounding import DescentGptq, Gptq, round_to_nearest
+from loftq.rounding import DescentGptq, Gptq, Rounded, round_to_nearest
 from loftq.schedules import Alternation, Quantize, alternate, preserve, project
-from loftq.transforms import magr
+from loftq.transforms import magr, rotate_gram
 
 if TYPE_CHECKING:
     from loftq.methods.base import Method
@@ -188,13 +189,23 @@ class Parts:
         return CORRECTIONS[self.method.correction](plain, self.metric)
 
     def rounding(self, gram: Tensor | None = None) -> Quantize:
-        """The row's rounding under the Gram of the inputs, or under another, damped already."""
+        """The row's rounding under the Gram of the inputs, or under another, damped already.
+
+        In the basis that the format stores: q(W R) R^T where that is rotated.
+        """
         make, damping = ROUNDINGS[self.method.rounding].make, self.method.damping
-        made = make(self.problem, gram, damping if gram is None else 0.0)
+        problem, spec = in_stored_basis(self.problem), self.problem.spec
+        turned = None if gram is None else rotate_gram(gram, spec.rotation)
+        made = make(problem, turned, damping if gram is None else 0.0)
         before = 0.0 if gram is None else damping
         self._record("rounding", getattr(made, "damping", None), before)
         transform = TRANSFORMS[self.method.transform]
-        return lambda W: made(transform.apply(self.problem, W, gram))
+
+        def quantize(W: Tensor) -> tuple[Rounded, Tensor]:
+            rounded, values = made(transform.apply(problem, to_stored_basis(W, spec), turned))
+            return replace(rounded, spec=spec), from_stored_basis(values, spec)
+
+        return quantize
 
     def damping_of(self, i: int) -> tuple[float | None, tuple[str, ...]]:
         """Largest damping of weight i's Gram, and notes where more was needed than asked for."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from loftq.formats import FormatSpec
+from loftq.transforms import rotate_gram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class LayerProblem:
     """One per weight: everything random about it derives from its own seed."""
     statistics: ProblemStatistics | None = None
     """Of the inputs; None for methods that need none."""
+    rival: FormatSpec | None = None
+    """Another format of the same size, taken for each weight whose error is smaller in it."""
     strict: bool = False
     """Raise where a Gram needs more damping than was asked for, or tokens had to be dropped."""
 
@@ -76,6 +79,19 @@ def known_gram(problem: LayerProblem) -> Tensor:
     if gram is None:
         raise ValueError(f"{problem.names[0]}: this method needs the Gram, not its diagonal alone.")
     return gram
+
+
+def in_stored_basis(problem: LayerProblem) -> LayerProblem:
+    """What a rounding is told of a problem: the basis that the format stores weights in.
+
+    The weights are those of the problem still; `Parts.rounding` turns what it rounds.
+    """
+    block, known = problem.spec.rotation, problem.statistics
+    if not block:
+        return problem
+    if known is not None and known.gram is not None:
+        known = replace(known, gram=rotate_gram(known.gram, block))
+    return replace(problem, spec=replace(problem.spec, rotation=0), statistics=known)
 
 
 def input_notes(problem: LayerProblem, i: int) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loftq.formats import FormatSpec, QuantizedTensor
+from loftq.formats import FormatSpec, QuantizedTensor, to_stored_basis
 from loftq.nn.packed import PackedLayer, autocast, no_gradient, no_gradient_comes
 from loftq.ops import quant_linear
 
@@ -77,7 +77,7 @@ class QuantLinear(PackedLayer, nn.Linear):
                 f"{self.label}: input of shape {tuple(x.shape)}, expected (..., {self.in_features})"
             )
         y = quant_linear(
-            x, self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
-            *self.layout, no_gradient_comes(self, x),
+            to_stored_basis(x, self.spec), self.weight_packed, self.weight_scale, self.weight_zero,
+            self.weight_nested, *self.layout, no_gradient_comes(self, x),
         )  # fmt: skip
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from loftq.formats import COMPONENTS, FormatSpec, QuantizedTensor, component_shapes
+from loftq.formats import (
+    COMPONENTS,
+    FormatSpec,
+    QuantizedTensor,
+    component_shapes,
+    decoded_dtype,
+    from_stored_basis,
+)
 from loftq.nn.weight import PackedWeight
 from loftq.ops import dequantize
 from loftq.ops.panels import Packed, panels
@@ -112,10 +119,12 @@ class PackedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight in the orientation of `weight`; default dtype: the layer's."""
-        return dequantize(
+        dtype = dtype or self.compute_dtype
+        stored = dequantize(
             self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
-            self.packed_shape[1], *self.layout, dtype or self.compute_dtype,
+            self.packed_shape[1], *self.layout, decoded_dtype(self.spec, dtype),
         )  # fmt: skip
+        return from_stored_basis(stored, self.spec).to(dtype)
 
     def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows start .. stop - 1 of the packed weight, dense; scratch memory is that of a panel."""
@@ -124,15 +133,17 @@ class PackedLayer(nn.Module):
             self.weight_packed, self.weight_scale, self.weight_zero, self.weight_nested,
             self.packed_shape[1], *self.layout,
         )  # fmt: skip
+        decoded = decoded_dtype(self.spec, dtype)
         found = list(panels(packed, start, stop))
         if len(found) == 1:  # a second copy of it would be the largest tensor of the loss
-            return dequantize(*found[0][1].arguments, dtype)
+            stored = dequantize(*found[0][1].arguments, decoded)
+            return from_stored_basis(stored, self.spec).to(dtype)
         dense = torch.empty(
             (stop - start, packed.in_features), dtype=dtype, device=packed.codes.device
         )
         for first, panel in found:
             part = dense[first - start : first - start + panel.codes.shape[0]]
-            part.copy_(dequantize(*panel.arguments, dtype))
+            part.copy_(from_stored_basis(dequantize(*panel.arguments, decoded), self.spec))
         return dense
 
     def dequantize_(self, dtype: torch.dtype | None = None) -> nn.Module:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,7 +164,7 @@ def small_linear_kernel(
         from loftq.ops.cpu.linear import small_linear as on_cpu
 
         return on_cpu
-    from loftq.ops.triton.linear import small_linear
+    from loftq.ops.few_tokens import small_linear
 
     return small_linear
 
@@ -183,6 +185,30 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
     if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed bytes are cast, strided or not aligned to 16 bytes"
     return why_no_kernels(packed.device)
+
+
+def why_no_cuda_product(x: Tensor, members: Sequence[Any]) -> str:
+    """Reason that the few-token product of `members` (few_tokens.Member) is Triton's; "" if it is
+    CUDA C++'s (ops/cuda)."""
+    if why := why_no_cuda(x.device):
+        return why
+    from loftq.ops.cuda.few_tokens import why_not
+
+    return why_not(x, members)
+
+
+@lru_cache
+def why_no_cuda(device: torch.device) -> str:
+    """Reason that a device runs no CUDA C++; "" if a trial worked. Compiles it to find out."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device.type} is no NVIDIA GPU"
+    if os.environ.get("LOFTQ_CUDA") == "none":
+        return "LOFTQ_CUDA=none asks for the Triton product"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "its plan of shared memory needs compute capability 9.0"
+    from loftq.ops.cuda.probe import product_is_right
+
+    return _trial(product_is_right, device)
 
 
 def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:

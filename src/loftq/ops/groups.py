@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loftq.ops.dispatch import why_no_small_linear
+from loftq.ops.few_tokens import Member, small_linears
 from loftq.ops.schema import quant_linear, quant_linear_lora
 
 MOST_MEMBERS = 3
-
-
-class Member(NamedTuple):
-    """A packed weight with its adapter, if any; fields as in `schema.quant_linear_lora`."""
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    nested: Tensor | None
-    layout: tuple[int, int, str, Sequence[float], float]
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
-    stacked: int = 1
-    """Adapters along the rank: A (stacked x r, in), B (out, stacked x r). The tokens are theirs in
-    equal parts, in order."""
-
-    @property
-    def rank(self) -> int:
-        """Rows of A, of all stacked adapters; 0 without an adapter."""
-        return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
 def linears(x: Tensor, members: Sequence[Member], *, overlap: bool = False) -> Tensor:
@@ -43,14 +22,12 @@ def linears(x: Tensor, members: Sequence[Member], *, overlap: bool = False) -> T
     Args:
         x: (tokens, in_features).
         members: of any format, with or without adapter.
-        overlap: the launch may start while the kernel before it runs (`small_linears`).
+        overlap: the launch may start while the kernel before it runs (`few_tokens.small_linears`).
 
     Returns:
         (tokens, sum of out_features) in x's dtype.
     """
     if not why_not_together(x, members):
-        from loftq.ops.triton.linear import small_linears
-
         return small_linears(x, members, overlap=overlap)
     return torch.cat([_linear(x, member) for member in members], -1)
 

@@ -95,14 +95,67 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, 
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
+@torch.library.custom_op("loftq::gate_backward_", mutates_args=("gate", "up"))
+def gate_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """`gate_backward` written over gate and up, which are contiguous."""
+    if kernels := pointwise_kernels(gate):
+        kernels.gate_backward_(grad, gate, up, activation)
+        return
+    for to, found in zip(
+        (gate, up), reference.gate_backward_reference(grad, gate, up, activation), strict=True
+    ):
+        to.copy_(found)
+
+
+class _GateOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate_, up)
+        ctx.activation, ctx.spent = activation, False
+        y: Tensor = direct(gate, gate_)(gate_, up, activation)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the training layer goes backward through a gate once, since it writes the "
+                "gradients over its inputs: leave retain_graph=True out, or train with fused=False."
+            )
+        ctx.spent = True
+        found = [tensor.detach() for tensor in ctx.saved_tensors]
+        direct(gate_backward_, grad)(grad, *found, ctx.activation)
+        return *found, None
+
+
+def call_gate_once(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`gate`, whose backward writes the gradients over gate and up: memory for two tensors less.
+
+    Args:
+        gate, up: contiguous, and nobody else's: neither kept nor read after this call.
+        activation: as of `gate`.
+    """
+    y: Tensor = _GateOnce.apply(gate, up, activation)
+    return y
+
+
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *ctx.shape = inputs
-    ctx.save_for_backward(x, weight)
+    x, ctx.weight, *ctx.shape = inputs
+    ctx.save_for_backward(x)
+    ctx.x = None
 
 
 def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    run = direct(rms_norm_backward, grad)
-    return run(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
+    x, ctx.x = _unpacked(ctx), None
+    return direct(rms_norm_backward, grad)(grad, x, ctx.weight, *ctx.shape), None, None, None
+
+
+def _unpacked(node: Any) -> Tensor:
+    """x of a norm, until its backward: checkpointing unpacks it but once."""
+    if node.x is None:
+        (node.x,) = node.saved_tensors
+    x: Tensor = node.x
+    return x
 
 
 def _save_rotation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,9 +176,39 @@ def _gate_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *direct(gate_backward, grad)(grad, *ctx.saved_tensors, ctx.activation), None
 
 
-call_rms_norm = differentiable(rms_norm, _save_norm, _norm_gradient)
-"""`rms_norm`, without the dispatcher where nobody looks; all arguments by position."""
+rms_norm.register_autograd(_norm_gradient, setup_context=_save_norm)
+
+
+class _NormNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        y: Tensor = direct(rms_norm, x)(x, weight, eps, offset)
+        _save_norm(ctx, (x, weight, eps, offset), y)
+        return y
+
+    backward = staticmethod(_norm_gradient)
+
+
+def call_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """`rms_norm`, whose node can compute the output once more (`norm_again`)."""
+    y: Tensor = _NormNode.apply(x, weight, eps, offset)
+    return y
+
+
+def norm_behind(x: Tensor) -> Any:
+    """The node of the `call_rms_norm` that x is the output of, or None."""
+    node = x.grad_fn
+    return node if getattr(node, "_forward_cls", None) is _NormNode else None
+
+
+def norm_again(node: Any) -> Tensor:
+    """Output of a norm from the input that its node keeps; before the node's own backward."""
+    x = _unpacked(node)
+    y: Tensor = direct(rms_norm, x)(x, node.weight, *node.shape)
+    return y
+
+
 call_rotate = differentiable(rotate, _save_rotation, _rotation_gradient)
-"""`rotate` likewise."""
+"""`rotate`, without the dispatcher where nobody looks; all arguments by position."""
 call_gate = differentiable(gate, _save_gate, _gate_gradient)
 """`gate` likewise."""

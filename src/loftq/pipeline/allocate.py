@@ -1,8 +1,8 @@
-"""Fill the table of costs: every layer in every candidate format, solved as it would be stored.
+"""Fill the tables of costs: every layer in every candidate format, solved as it would be stored.
 
-A candidate is one uniform plan of the same method, rank and seeds, carried out without writing. The
-costs are what is left over, or what the model says of it, so a choice rests on the decomposition
-that will be stored and not on rounding alone.
+A candidate is one uniform plan of the same method and seeds, carried out without writing; each rank
+has a table of its own. The costs are what is left over, or what the model says of it, so a choice
+rests on the decomposition that will be stored and not on rounding alone.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loftq.allocation import Choice, CostTable, choose, matches
+from loftq.allocation import Candidate, Choice, CostTable, choose, matches
 from loftq.allocation.base import ResidualCost
 from loftq.formats import FormatSpec
-from loftq.pipeline.accounting import packed_bytes
+from loftq.pipeline.accounting import adapter_parameters, packed_bytes
 from loftq.pipeline.calibration import Statistics, read_statistics
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.layout import LayerInfo, ModelLayout
@@ -41,16 +42,19 @@ def sharing_layers(config: QuantizeConfig, layout: ModelLayout) -> list[LayerInf
     ]
 
 
-def uniform(config: QuantizeConfig, spec: FormatSpec) -> QuantizeConfig:
+def uniform(config: QuantizeConfig, spec: FormatSpec, rank: int) -> QuantizeConfig:
     """What costs are taken from: every layer in one format, by the method that measures."""
-    return replace(config.cost_config(), format=str(spec), formats={})
+    return replace(config.cost_config(), format=str(spec), formats={}, rank=rank)
 
 
-def costs_fingerprint(config: QuantizeConfig, *, source: str, tokens: str, device: str) -> str:
+def costs_fingerprint(
+    config: QuantizeConfig, rank: int, *, source: str, tokens: str, device: str
+) -> str:
     """Name of the costs of these weights under this method, whatever the candidates and budget.
 
     Args:
         config: the choices.
+        rank: of every adapter.
         source: fingerprint of the weights.
         tokens: of all text that costs or statistics were measured on, "" without any.
         device: kinds of device compute different last bits.
@@ -58,19 +62,28 @@ def costs_fingerprint(config: QuantizeConfig, *, source: str, tokens: str, devic
     parts = [
         config.allocation,
         config.cost_config().resolved_method().choices(),
-        config.rank,
+        rank,
         config.scale_fit,
         config.seed,
         source,
         tokens,
         device.split(":")[0],
+        *([config.rotation] if config.rotation != "none" else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+class Gaps(NamedTuple):
+    """A format whose costs a table lacks for some layers."""
+
+    table: CostTable
+    format: str
+    plan: Plan
+    """Of that format for every layer, at the rank of the table."""
+
+
 def measure(
-    table: CostTable,
-    plans: Mapping[str, Plan],
+    gaps: Sequence[Gaps],
     layers: Sequence[LayerInfo],
     source: Source,
     statistics: Statistics | None,
@@ -78,11 +91,10 @@ def measure(
     *,
     on_cost: OnCost = lambda layer, done, total: None,
 ) -> None:
-    """Add the costs that the table lacks.
+    """Add the costs that the tables lack, at once on disk.
 
     Args:
-        table: is added to, at once on disk.
-        plans: format -> uniform plan.
+        gaps: the tables and what to fill them from.
         layers: to measure.
         source: the weights.
         statistics: of the inputs, for plans with a calibration.
@@ -90,9 +102,9 @@ def measure(
         on_cost: progress.
     """
     names = [info.module for info in layers]
-    total = len(names) * len(plans)
-    done = total - sum(len(table.missing(names, name)) for name in plans)
-    for name, plan in plans.items():
+    total = len(names) * len(gaps)
+    done = total - sum(len(gap.table.missing(names, gap.format)) for gap in gaps)
+    for table, name, plan in gaps:
         missing = table.missing(names, name)
         batches = [b for b in plan.batches if any(x.info.module in missing for x in b.layers)]
         for solved in solved_batches(plan, batches, source, statistics):
@@ -124,20 +136,42 @@ def residual_cost(
     return cost
 
 
-def decide(config: QuantizeConfig, layout: ModelLayout, table: CostTable) -> Choice:
-    """The cheapest formats within `bits` per weight all told, from a full table.
+def decide(config: QuantizeConfig, layout: ModelLayout, tables: Mapping[int, CostTable]) -> Choice:
+    """The cheapest formats and ranks within the budget, from full tables, one for each rank.
+
+    The budget is `bits` per weight all told. Where ranks are chosen, the adapters count too, and it
+    grows by what adapters of `rank` everywhere would take.
 
     Raises:
-        ValueError: the narrowest candidates take more.
+        ValueError: the smallest candidates take more.
     """
-    layers, specs = sharing_layers(config, layout), config.candidate_formats()
+    layers, weighed = sharing_layers(config, layout), bool(config.ranks)
     weights = sum(prod(info.shape) for info in layers)
-    sizes = {x.module: {str(spec): packed_bytes(x, spec) for spec in specs} for x in layers}
+    options = {
+        Candidate(str(spec), rank if weighed else None): (spec, rank)
+        for spec in config.candidate_formats()
+        for rank in tables
+    }
+
+    def size(info: LayerInfo, spec: FormatSpec, rank: int) -> int:
+        return packed_bytes(info, spec) + (adapter_bytes(info, rank) if weighed else 0)
+
+    sizes = {x.module: {o: size(x, *parts) for o, parts in options.items()} for x in layers}
+    costs = {
+        x.module: {o: tables[rank].costs[x.module][o.format] for o, (_, rank) in options.items()}
+        for x in layers
+    }
+    adapters = sum(adapter_bytes(info, config.rank) for info in layers) if weighed else 0
     return choose(
         layers,
         sizes,
-        table.costs,
-        budget=int(config.bits * weights / 8),
+        costs,
+        budget=int(config.bits * weights / 8) + adapters,
         weights=weights,
         allocation=config.allocation,
     )
+
+
+def adapter_bytes(info: LayerInfo, rank: int) -> int:
+    """Bytes of A and B at 16 bits a number, as they are served."""
+    return 2 * adapter_parameters(info, rank)

@@ -132,9 +132,10 @@ def _largest_block(layers: Sequence[LayerInfo], held: Mapping[tuple[int | None, 
 def refinement_seconds(
     calibration: Calibration, layers: Sequence[LayerInfo], refinement: Refinement, device: str
 ) -> float:
-    """Estimate from shapes alone: a step costs three forwards, and each stage a few besides."""
+    """Estimate from shapes alone."""
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    passes = sum(3 * stage.epochs + 4 for stage in refinement.stages)
+    blocks = len({layer.depth for layer in layers})
+    passes = sum(stage.passes(blocks) for stage in refinement.stages)
     speed = FLOPS.get(device.split(":")[0], FLOPS["cuda"])
     return 2.0 * weights * calibration.tokens * passes / speed
 

@@ -12,6 +12,7 @@ from loftq.lowrank import SOLVERS
 from loftq.methods import Method, find_method
 from loftq.refine import Refinement, find_refinement
 from loftq.rounding import MOST_DAMPING
+from loftq.transforms import ROTATIONS
 
 CONFIG_VERSION = 1
 
@@ -48,12 +49,18 @@ class QuantizeConfig:
     """Method that a measured allocation takes its costs from; None = `method` itself."""
     allocation_windows: int = 4
     """Windows of the calibration text that allocation=kl measures on."""
+    rotation: str = "none"
+    """Rotated inputs (transforms/rotation.py): none, all, or auto, for each layer whose error is
+    smaller with them."""
     format: str | None = None
     """Format by name (nf4-g64-dq, int3-g128-f16, ...); overrides bits."""
     formats: Mapping[str, str] = field(default_factory=dict)
     """Other formats by module pattern: {"*.down_proj": "nf4"}; the last match wins."""
     rank: int = 16
     """Rank of the adapters."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that a measured allocation chooses from, layer by layer; the bytes of all adapters then
+    count in its budget, which grows by those of `rank` everywhere. Empty = `rank` everywhere."""
     alpha: float | None = None
     """LoRA's alpha; None = rank. The start is exact for any positive value."""
     rslora: bool = False
@@ -61,7 +68,7 @@ class QuantizeConfig:
     iters: int | None = None
     """Alternations T; None = the method's own."""
     scale_fit: str | None = None
-    """absmax, mse or sigma; None = the method's, else the format's default."""
+    """absmax, mse, sigma or entropy; None = the method's, else the format's default."""
     solver: str | None = None
     """chebyshev or exact; None = the method's own."""
     order: str | None = None
@@ -95,7 +102,7 @@ class QuantizeConfig:
     design_rank: int | None = None
     """Rank of the correction that `projq` rounds for; None = that of the adapter."""
     refine: str | None = None
-    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill or
+    """Gradient refinement of the adapters: none, layer, block, hidden-language, distill, natural or
     block-distill, which need text; None = the method's own."""
     refine_epochs: float | None = None
     """Passes over the text in each stage of the refinement; None = its own, 0 = keep the start."""
@@ -140,6 +147,11 @@ class QuantizeConfig:
                 f"engine={self.engine}: picks the format by itself; leave bits and format out, or "
                 "name a format and see in the plan which engines can hold it."
             )
+        if self.engine is not None and self.rotation != "none":
+            return (
+                f"rotation={self.rotation}, engine={self.engine}: no engine but loftq's own turns "
+                "the inputs of a layer. Leave one of them out."
+            )
         for key in ("embedding", "head"):
             if getattr(self, key) not in (8, 16):
                 return (
@@ -164,6 +176,7 @@ class QuantizeConfig:
             ("solver", self.solver, SOLVERS),
             ("engine", self.engine, tuple(ENGINE_FORMATS)),
             ("allocation", self.allocation, tuple(ALLOCATIONS)),
+            ("rotation", self.rotation, ROTATIONS),
         ):
             if value is not None and value not in known:
                 return f"{key}={value!r} does not exist; choose one of {', '.join(known)}."
@@ -179,7 +192,7 @@ class QuantizeConfig:
         if self.costs_by is not None:
             find_method(self.costs_by)
         if not self.allocation_row().measured:
-            given = [key for key in ("candidates", "costs_by") if getattr(self, key)]
+            given = [key for key in ("candidates", "costs_by", "ranks") if getattr(self, key)]
             if given:
                 return (
                     f"{given[0]}: allocation={self.allocation} goes by depth and has no costs to "
@@ -193,8 +206,12 @@ class QuantizeConfig:
                 "choose from with candidates=..."
             )
         names = [str(spec) for spec in self.candidate_formats()]
-        if len(set(names)) < 2 or len(set(names)) < len(names):
+        least = 1 if self.ranks else 2
+        if len(set(names)) < least or len(set(names)) < len(names):
             return f"candidates={','.join(names)}: name two different formats or more."
+        listed = ",".join(map(str, self.ranks))
+        if self.ranks and (len(set(self.ranks)) < max(2, len(self.ranks)) or min(self.ranks) < 1):
+            return f"ranks={listed}: name two different ranks or more, each at least 1."
         return ""
 
     def resolved_method(self) -> Method:
@@ -244,6 +261,7 @@ class QuantizeConfig:
             method=self.costs_by or self.method,
             allocation="first",
             candidates=(),
+            ranks=(),
             costs_by=None,
             refine="none",
         )
@@ -252,7 +270,12 @@ class QuantizeConfig:
         """What a measured allocation chooses from, the narrowest first unless named otherwise."""
         if self.candidates:
             return tuple(parse_format(name) for name in self.candidates)
-        return tuple(self._with_coding(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
+        return tuple(self._as_prescribed(BITS_FORMATS[bits]) for bits in sorted(BITS_FORMATS))
+
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """Ranks that a layer may get."""
+        return self.ranks or (self.rank,)
 
     def default_format(self) -> FormatSpec:
         """Format of a layer that nothing else assigns."""
@@ -261,11 +284,11 @@ class QuantizeConfig:
         if self.engine is not None:
             return parse_format(ENGINE_FORMATS[self.engine])
         whole = int(self.bits) if self.bits == int(self.bits) else 2
-        return self._with_coding(BITS_FORMATS[whole])
+        return self._as_prescribed(BITS_FORMATS[whole])
 
     def wide_format(self) -> FormatSpec:
         """Format of the first blocks when `bits` is a fraction."""
-        return self._with_coding(BITS_FORMATS[4])
+        return self._as_prescribed(BITS_FORMATS[4])
 
     @property
     def tables(self) -> frozenset[str]:
@@ -276,13 +299,18 @@ class QuantizeConfig:
         """Format of an embedding or head that is packed without an adapter."""
         return parse_format(TABLE_FORMAT)
 
-    def _with_coding(self, name: str) -> FormatSpec:
-        spec, coding = parse_format(name), find_method(self.method).scale_coding
-        return spec if coding is None else replace(spec, scale_coding=coding)
+    def _as_prescribed(self, name: str) -> FormatSpec:
+        """The format behind a width, in the grid and coding that the method prescribes."""
+        spec, method = parse_format(name), find_method(self.method)
+        return replace(
+            spec,
+            grid=method.grid or spec.grid,
+            scale_coding=method.scale_coding or spec.scale_coding,
+        )
 
     @property
     def scaling(self) -> float:
-        """The factor before B A."""
+        """The factor before B A, of every layer: one of another rank gets another alpha."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -304,7 +332,7 @@ class QuantizeConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(unknown_option(unknown[0]))
-        for key in ("targets", "skip", "candidates"):
+        for key in ("targets", "skip", "candidates", "ranks"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])  # type: ignore[arg-type]
         return cls(**values)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loftq.allocation import Choice, assign_formats, first_k_blocks
 from loftq.checkpoint import ShardFile, TensorEntry, TensorSpec, plan_shards
-from loftq.formats import FormatSpec, component_shapes, default_fit, parse_format
+from loftq.formats import FormatSpec, component_shapes, default_fit, fits_of, parse_format
 from loftq.ops.reference import PER_TENSOR
 from loftq.pipeline.accounting import adapter_parameters
 from loftq.pipeline.calibration import (
@@ -30,6 +30,7 @@ from loftq.pipeline.calibration import (
 )
 from loftq.pipeline.config import TABLE_FORMAT, QuantizeConfig
 from loftq.pipeline.layout import UNCOVERED, LayerInfo, ModelLayout
+from loftq.transforms import largest_block, rotated
 
 OUTPUTS = frozenset({"o", "o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin"})
 """Last names of the projections that leave an attention or a feed-forward."""
@@ -86,6 +87,8 @@ class PlannedLayer:
     seed: int
     rank: int
     """Of its adapter; 0 = none, the weight is only rounded."""
+    rival: FormatSpec | None = None
+    """Format of the same size that it is tried in as well; the one with the smaller error stays."""
 
     @property
     def weights(self) -> int:
@@ -156,6 +159,7 @@ class Plan:
             "machine": _machine(self.device),
             "batches": [[layer.info.module for layer in b.layers] for b in self.batches],
             "formats": {layer.info.module: str(layer.spec) for layer in self.layers},
+            "ranks": {layer.info.module: layer.rank for layer in self.layers},
             "statistics": self.calibration.fingerprint if self.calibration else "",
         }
 
@@ -200,7 +204,10 @@ class Plan:
         """Rough time of the solve on this device; reading and writing come on top."""
         method, kind = self.config.resolved_method(), self.device.split(":")[0]
         steps = max(1, method.iterations) * method.step_cost
-        rounds = sum(layer.weights * (steps if layer.rank else 1) for layer in self.layers)
+        rounds = sum(
+            layer.weights * (steps if layer.rank else 1) * (2 if layer.rival else 1)
+            for layer in self.layers
+        )
         return rounds * NANOSECONDS.get(kind, NANOSECONDS["cuda"]) * 1e-9
 
     @property
@@ -233,6 +240,11 @@ class Plan:
         """Batches in flight. Rounding column by column keeps the host busy by itself."""
         busy = _needs_gram(self.config) or not self.device.startswith("cuda")
         return 1 if busy else SOLVED_AT_ONCE
+
+    @property
+    def largest_rank(self) -> int:
+        """Of the adapters."""
+        return max(layer.rank for layer in self.layers)
 
     @property
     def adapter_parameters(self) -> int:
@@ -273,13 +285,15 @@ def make_plan(
     if problems:
         more = [f"... and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise PlanError("\n".join([*problems[:SHOWN], *more]))
+    ranks = choice.ranks if choice else {}
     layers = tuple(
         PlannedLayer(
             info=info,
             spec=specs[info.module],
-            scale_fit=_fit(config, specs[info.module]),
+            scale_fit=_fit(config, info, specs[info.module]),
             seed=_seed(config.seed, info.module),
-            rank=config.rank if info.adapted else 0,
+            rank=ranks.get(info.module, config.rank) if info.adapted else 0,
+            rival=_rival(config, info, specs[info.module]),
         )
         for info in layout.layers
     )
@@ -366,9 +380,26 @@ def planned_formats(
     chosen = (
         {module: parse_format(name) for module, name in choice.formats.items()} if choice else {}
     )
-    return assign_formats(
+    specs = assign_formats(
         layout.layers, default, first=first, chosen=chosen, overrides={**tables, **overrides}
     )
+    if config.rotation != "all":
+        return specs
+    turned = {x.module: rotated(specs[x.module], x.shape[1]) for x in layout.layers if _turns(x)}
+    return {**specs, **turned}
+
+
+def _turns(info: LayerInfo) -> bool:
+    """Whether a layer has inputs that can be rotated; an embedding has none."""
+    return info.adapted and info.kind != "embedding"
+
+
+def _rival(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> FormatSpec | None:
+    """The format that `rotation=auto` tries beside `spec`; None where there is nothing to try."""
+    if config.rotation != "auto" or not _turns(info) or spec.rotation:
+        return None
+    turned = rotated(spec, info.shape[1])
+    return turned if turned.rotation else None
 
 
 def _problems(
@@ -399,11 +430,18 @@ def _problems(
                 f"{min(info.shape)}. Lower it, or leave it out to use the rank."
             )
         spec = specs[info.module]
+        if (fit := _fit(config, info, spec)) not in fits_of(spec):
+            problems.append(
+                f"{info.module}: {spec} has no scale_fit={fit}; choose one of "
+                f"{', '.join(fits_of(spec))}. `entropy` needs the stored zero of a format such as "
+                "int4-g64, `sigma` the grids even and uniform."
+            )
         if not info.adapted and (spec.scale_coding == "dq" or spec.group_size == PER_TENSOR):
             problems.append(
                 f"{info.module}: {spec} stores scales over several rows, and a table without an "
                 f"adapter is rounded row by row. Choose f16, bf16 or f32 scales, as {TABLE_FORMAT}."
             )
+        problems += _unturnable(config, info, spec)
         if entry.dtype not in FLOATS:
             problems.append(
                 f"{info.tensor}: dtype {entry.dtype} is not a float; the source looks quantized "
@@ -417,6 +455,25 @@ def _problems(
             f"({', '.join(reasons)}). Accept that with --allow-uncovered."
         )
     return problems
+
+
+def _unturnable(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> list[str]:
+    """Rotations that a layer cannot have."""
+    if spec.rotation and not _turns(info):
+        return [f"{info.module}: {spec} rotates the inputs of a layer, and a table has none."]
+    if spec.rotation and info.shape[1] % spec.rotation:
+        most = largest_block(info.shape[1])
+        found = f"at most {most} fit" if most else "none fit"
+        return [
+            f"{info.module}: {spec} rotates blocks of {spec.rotation} inputs, and of "
+            f"{info.shape[1]} {found}. Choose another format for it with formats=..."
+        ]
+    if config.rotation == "all" and _turns(info) and not spec.rotation:
+        return [
+            f"{info.module}: rotation=all: {info.shape[1]} inputs are not whole blocks of 16. "
+            f'Choose rotation=auto, or leave the layer out with skip=["{info.module}"].'
+        ]
+    return []
 
 
 def _unmet(
@@ -456,12 +513,14 @@ def _load(layer: PlannedLayer, gram: bool) -> int:
     return layer.weights + (GRAM_LOAD * layer.info.shape[1] ** 2 if gram else 0)
 
 
-def _fit(config: QuantizeConfig, spec: FormatSpec) -> str:
+def _fit(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> str:
     if config.scale_fit is not None:
         return config.scale_fit
     method_fit = config.resolved_method().scale_fit
     if method_fit == "absmax" and spec.grid in ("even", "uniform"):
         return "sigma"  # the papers' rule for these grids
+    if not info.adapted and method_fit not in fits_of(spec):
+        return default_fit(spec)  # a method does not prescribe how tables are stored
     return method_fit or default_fit(spec)
 
 
@@ -471,11 +530,12 @@ def _seed(seed: int, module: str) -> int:
 
 
 def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tuple[Batch, ...]:
-    """Layers of one shape, format and kind, in model order, cut at `limit` weights."""
+    """Layers of one shape, format, kind and rank, in model order, cut at `limit` weights."""
     groups: dict[tuple[object, ...], list[list[PlannedLayer]]] = {}
     for layer in layers:
-        key: tuple[object, ...] = (layer.info.shape, layer.spec, layer.scale_fit, layer.info.kind)
-        key += () if layer.rank else (layer.info.module,)  # a large table is a batch of its own
+        info = layer.info
+        key: tuple[object, ...] = (info.shape, layer.spec, layer.scale_fit, info.kind, layer.rank)
+        key += () if layer.rank else (info.module,)  # a large table is a batch of its own
         runs = groups.setdefault(key, [[]])
         if runs[-1] and (len(runs[-1]) + 1) * _load(layer, gram) > limit:
             runs.append([])
@@ -490,7 +550,8 @@ def _batches(layers: tuple[PlannedLayer, ...], limit: int, *, gram: bool) -> tup
 def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
     """Batches in the order of the forward; each is solved with all before it quantized.
 
-    A batch holds neighbours of one block, module, shape and format, as queries, keys and values.
+    A batch holds neighbours of one block, module, shape, format and rank, as queries, keys and
+    values.
     The output of an attention reads what comes of those, whatever its shape, so it starts anew.
     """
     order = sorted(
@@ -499,7 +560,8 @@ def in_sequence(layers: Sequence[PlannedLayer]) -> tuple[Batch, ...]:
     runs: list[tuple[object, list[PlannedLayer]]] = []
     for layer in order:
         parent, _, name = layer.info.module.rpartition(".")
-        key = (parent, layer.info.shape, layer.spec, layer.scale_fit, name in OUTPUTS)
+        shape, rank = layer.info.shape, layer.rank
+        key = (parent, shape, layer.spec, layer.scale_fit, rank, name in OUTPUTS)
         if not runs or runs[-1][0] != key:
             runs.append((key, []))
         runs[-1][1].append(layer)

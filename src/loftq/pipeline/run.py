@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loftq.calibration import Recall
 from loftq.checkpoint import Checkpoint, CheckpointWriter, backbone_hash
-from loftq.formats import QuantizedTensor
+from loftq.formats import QuantizedTensor, parse_format
 from loftq.methods import LayerSolution
 from loftq.pipeline.calibration import Statistics
 from loftq.pipeline.plan import ADAPTER_PREFIX, Batch, Plan, PlannedLayer, adapter_names
@@ -52,6 +52,11 @@ class RunResult:
     only thing of a run that may differ between repeats."""
     refinement: tuple[Mapping[str, Any], ...] = ()
     """A row per stage of a refinement: its choices, and the losses of its units."""
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Format of each layer as it is stored: of those that rivalled, the one that was kept."""
+        return {record["name"]: record["format"] for record in self.records}
 
 
 def run(
@@ -142,9 +147,12 @@ def _write(
 
 def _recall(plan: Plan, writer: CheckpointWriter) -> Recall:
     """Reads back, on the plan's device, what layers compute with that are committed by now."""
-    done, device = writer.done, torch.device(plan.device)
+    done, device = writer.records(), torch.device(plan.device)
     layers = {
-        x.info.module: x for batch in plan.batches if batch.name in done for x in batch.layers
+        x.info.module: replace(x, spec=parse_format(record["format"]))
+        for batch in plan.batches
+        if batch.name in done
+        for x, record in zip(batch.layers, done[batch.name]["layers"], strict=True)
     }
 
     def read(name: str) -> Tensor:

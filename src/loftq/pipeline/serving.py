@@ -46,7 +46,7 @@ def where_served(plan: Plan) -> tuple[Serving, ...]:
         Packed(
             module=layer.info.module,
             stem=layer.stem,
-            spec=layer.spec,
+            spec=layer.rival or layer.spec,
             shape=layer.info.shape,
             kind=layer.info.kind,
         )
@@ -69,7 +69,7 @@ def _place(layout: Layout, weights: list[Packed], plan: Plan) -> Serving:
     if all(reasons.values()):
         found = "; ".join(f"not read by {NAMES[k]}: {reason}" for k, reason in reasons.items())
         return Serving(engine=layout.engine, exact=False, note=found)
-    flag = max_lora_rank(plan.config.rank) or "no adapter of this rank"
+    flag = max_lora_rank(plan.largest_rank) or "no adapter of this rank"
     shown = {**NAMES, "vllm": f"{NAMES['vllm']} ({flag})"}
     words = [f"read by {', '.join(shown[k] for k, reason in reasons.items() if not reason)}"]
     words += [f"not by {NAMES[k]}: {reason}" for k, reason in reasons.items() if reason]

@@ -133,6 +133,7 @@ def solve_batch(
         scale_fit=first.scale_fit,
         seeds=tuple(layer.seed for layer in batch.layers),
         statistics=known,
+        rival=first.rival,
         strict=plan.config.strict,
     )
     with torch.no_grad():

@@ -6,6 +6,7 @@ in the original model and x_hat its input behind everything that was refined bef
     layer, block    || F(x_hat; Q + s B A) - F(x; W) ||^2              (ApiQ, arXiv:2402.05147)
     model           hidden * || h_hat - h ||^2 / || h ||^2  +  kl * KL(p || p_hat)
                     +  language * cross-entropy                        (RILQ, arXiv:2412.01129)
+    natural         the model's loss by natural-gradient steps, block after block   (natural.py)
 
 h is the last hidden state, p the original model's distribution of the next token.
 """
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from loftq.refine.losses import hidden_error, squared_error
 
-SCOPES = ("layer", "block", "model")
+STEP_PASSES = 0.75
+"""Forwards over 128 windows that a step of a block takes: 16 with a backward, 16 held out."""
+SCOPES = ("layer", "block", "model", "natural")
 ERRORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "squared": squared_error,
     "per-token": hidden_error,
@@ -32,11 +35,14 @@ class Stage:
     """One descent: what moves, towards what, how far."""
 
     scope: str
-    """layer: each linear by itself; block: all of a block together; model: everything."""
+    """layer: each linear by itself; block: all of a block together; model: everything; natural:
+    everything, by steps of one block at a time."""
     epochs: float
-    """Passes over the training windows, of each layer, of each block, or of the model."""
+    """Passes over the training windows, of each layer, of each block, or of the model; natural:
+    steps of each block."""
     rate: float
-    """Largest learning rate (Adam); it falls to zero along a cosine."""
+    """Largest learning rate (Adam); it falls to zero along a cosine. natural: the trust, the
+    largest step relative to the correction."""
     batch: int
     """Windows in a step."""
     error: str = "per-token"
@@ -53,7 +59,14 @@ class Stage:
         assert self.scope in SCOPES, self.scope
         assert self.error in ERRORS, self.error
         weighted = self.hidden + self.kl + self.language > 0
-        assert weighted == (self.scope == "model"), "the model's loss, and only it, is weighted"
+        whole = self.scope in ("model", "natural")
+        assert weighted == whole, "the model's loss, and only it, is weighted"
+
+    def passes(self, blocks: int) -> float:
+        """Forwards over the text that it takes, a backward counted as two; about."""
+        if self.scope != "natural":
+            return 3 * self.epochs + 4
+        return 1 + blocks * self.epochs * STEP_PASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,7 @@ class Refinement:
 _LAYER = Stage(scope="layer", epochs=10, rate=5e-4, batch=4, error="squared")
 _BLOCK = Stage(scope="block", epochs=10, rate=5e-4, batch=4, error="squared")
 _MODEL = Stage(scope="model", epochs=8, rate=2e-4, batch=8, hidden=0.5, language=0.5)
+_NATURAL = Stage(scope="natural", epochs=1, rate=0.3, batch=4, language=1.0)
 _DISTILL = Stage(scope="model", epochs=6, rate=5e-4, batch=8, kl=1.0)
 
 _ROWS = (
@@ -98,6 +112,11 @@ _ROWS = (
     Refinement(
         name="distill", summary="The original model's next-token distribution.",
         stages=(_DISTILL,),
+    ),
+    Refinement(
+        name="natural",
+        summary="A natural-gradient step of each block on the text (Align-then-Correct).",
+        stages=(_NATURAL,),
     ),
     Refinement(
         name="block-distill", summary="Block by block, then the next-token distribution.",

@@ -201,6 +201,7 @@ def _kernels() -> Iterator[Check]:
 
     kinds = (
         ("kernels", dispatch.why_no_kernels, "weights are unpacked before each product"),
+        ("CUDA C++", dispatch.why_no_cuda, "products of few tokens are Triton's, and slower"),
         ("decoding", dispatch.why_no_decoding, "each token takes several times as many launches"),
         ("training", dispatch.why_no_pointwise, "norms and gates of a training step are slower"),
     )

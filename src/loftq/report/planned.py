@@ -52,7 +52,7 @@ class PlanReport:
     scaling: float
     device: str
     layers: tuple[dict[str, Any], ...]
-    """One entry per layer: module, format, shape, scale_fit, bits_per_weight, packed_bytes."""
+    """An entry per layer: module, format, shape, rank, scale_fit, bits_per_weight, packed_bytes."""
     groups: tuple[LayerGroup, ...]
     kept: tuple[Kept, ...]
     serving: tuple[Serving, ...]
@@ -133,8 +133,10 @@ def _entry(layer: PlannedLayer) -> dict[str, Any]:
         "module": layer.info.module,
         "kind": layer.info.kind,
         "format": str(layer.spec),
+        "rival": str(layer.rival) if layer.rival else None,
         "scale_fit": layer.scale_fit,
         "shape": list(layer.info.shape),
+        "rank": layer.rank,
         "bits_per_weight": 8 * size / layer.weights,
         "packed_bytes": size,
     }

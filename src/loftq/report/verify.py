@@ -173,9 +173,14 @@ def _adapter_config(files: OutputFiles) -> Iterator[str]:
         "r": config.get("rank"),
         "lora_alpha": config.get("alpha") or config.get("rank"),
         "use_rslora": config.get("rslora", False),
+        "rank_pattern": {
+            layer["name"]: layer["rank"]
+            for layer in files.record["layers"]
+            if layer["rank"] not in (0, config.get("rank"))
+        },
     }
     for key, value in wanted.items():
-        if found.get(key) != value:
+        if (found.get(key) or None) != (value or None):  # absent and empty mean the same
             yield f"{path}: {key}={found.get(key)!r}, quantized with {value!r}. {AGAIN}"
 
 

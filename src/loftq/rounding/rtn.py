@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from loftq.formats import FormatSpec, QuantizedTensor, grid_of, round_trip_scales
+from loftq.formats import (
+    FormatSpec,
+    QuantizedTensor,
+    from_stored_basis,
+    grid_of,
+    round_trip_scales,
+    to_stored_basis,
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +29,13 @@ class Rounded:
     """(n, out_features, groups) float32, or None."""
 
     def decode(self) -> Tensor:
-        """Values (n, out_features, in_features) float32 under the scales as they are stored."""
+        """Values (n, out_features, in_features) float32 under the scales as they are stored.
+
+        In the basis of W: those of a rotated format are turned back.
+        """
         stored = round_trip_scales(self.scales, self.spec.scale_coding)
-        return grid_of(self.spec).decode(self.codes, stored, self.zeros)
+        values = grid_of(self.spec).decode(self.codes, stored, self.zeros)
+        return from_stored_basis(values, self.spec)
 
     def pack(self, index: int) -> QuantizedTensor:
         """The stored form of one weight of the stack."""
@@ -60,8 +71,12 @@ def round_to_nearest(W: Tensor, spec: FormatSpec, *, fit: str) -> tuple[Rounded,
 
     Returns:
         (Rounded, values (n, out_features, in_features) float32) on W.device; the values are those
-        of the packed weight dequantized, bit for bit.
+        of the packed weight dequantized, bit for bit but for the sums of a rotation.
     """
+    if spec.rotation:
+        turned = to_stored_basis(W, spec)
+        rounded, values = round_to_nearest(turned, replace(spec, rotation=0), fit=fit)
+        return replace(rounded, spec=spec), from_stored_basis(values, spec)
     grid = grid_of(spec)
     scales, zeros = grid.fit(W, fit)
     stored = round_trip_scales(scales, spec.scale_coding)

@@ -33,7 +33,8 @@ class AnchoredTrainer(TaskTrainer):
 
     def anchor(self, kl: float) -> None:
         """Keep the adapter as it is now for the reference, and weigh the term by `kl`."""
-        self.kl, self.fused = kl, False  # the fused head gives no probabilities of other tokens
+        self.kl = kl
+        self.fused = self.tiled = False  # they give no probabilities of other tokens
         model: Any = self.model
         state = get_peft_model_state_dict(model, adapter_name=TRAINED)
         model.add_adapter(REFERENCE, model.peft_config[TRAINED])

@@ -11,12 +11,14 @@ from loftq.tasks.anchor import AnchoredTrainer
 from loftq.tasks.base import Reading, TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.inputs import TaskInputs
+from loftq.tasks.kinds.batches import IGNORED
 from loftq.tasks.scoring import score_model, write_predictions
 from loftq.tasks.start import Start
 from loftq.tasks.trainer import TaskTrainer, build
 from loftq.train import resume
 from loftq.train.arguments import DTYPES
 from loftq.train.forecast import Forecast, forecast
+from loftq.train.graphs import Collator, Rounded
 from loftq.train.peak import PeakMeter
 from loftq.train.sitting import Sitting
 
@@ -80,7 +82,8 @@ class TaskSession(Sitting):
             train=inputs.train,
             validation=inputs.validation,
             arguments=self._arguments(),
-            collate=lambda features: task.collate(features, inputs.tokenizer),
+            collate=self._collator(),
+            graphs=self.config.graphs,
             by_token=task.auto_class(inputs.config) == "AutoModelForCausalLM",
             best=None if by_loss else task.primary,
             score=None if by_loss else self._validate,
@@ -89,6 +92,19 @@ class TaskSession(Sitting):
         if self.chosen.kl:
             trainer.anchor(self.chosen.kl)
         return trainer
+
+    def _collator(self) -> Collator:
+        """The task's; with graphs its batches have few widths."""
+        task, tokenizer = self.inputs.task, self.inputs.tokenizer
+
+        def collate(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            return task.collate(features, tokenizer)
+
+        if not self.config.graphs:
+            return collate
+        fill = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
+        fill |= {"attention_mask": 0, "token_type_ids": 0}
+        return Rounded(collate, self.inputs.length, fill)
 
     def _validate(self) -> dict[str, float]:
         rows = self.inputs.data.validation

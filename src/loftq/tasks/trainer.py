@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from loftq.train import prepare
+from loftq.train.graphs import StepGraphs
+from loftq.train.tiles import base_of, why_not_tiled
 from loftq.train.trainers import Watched, one_process
 
 Score = Callable[[], Mapping[str, float]]
@@ -47,7 +49,7 @@ class TaskTrainer(Watched, Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's own loss, or the same from a fused head: nats over the tokens of a step."""
-        if not self.fused:
+        if not self.fused or (self.tiled and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -79,6 +81,7 @@ def build(
     by_token: bool,
     score: Score | None,
     callbacks: list[Any],
+    graphs: bool = False,
 ) -> Trained:
     """A trainer on encoded features.
 
@@ -96,6 +99,7 @@ def build(
         best: metric that names the best checkpoint; None = the validation loss.
         score: metrics at a validation; None = the loss alone.
         callbacks: for the trainer.
+        graphs: capture the steps (`train.graphs`).
     """
     chosen = arguments | {
         "remove_unused_columns": False,
@@ -117,6 +121,9 @@ def build(
     trainer.score = score
     trainer.model_accepts_loss_kwargs = by_token and trainer.model_accepts_loss_kwargs
     if trainer.model_accepts_loss_kwargs:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         trainer.fused = prepare.add_fused_head(base)
+        trainer.tiled = graphs and not why_not_tiled(base)
+    if graphs:
+        trainer.graphs = StepGraphs(model.parameters())
     return trainer

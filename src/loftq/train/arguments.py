@@ -66,7 +66,7 @@ def common_arguments(
         "fp16": dtype == "fp16",
         "use_cpu": device.type == "cpu",
         "gradient_checkpointing": config.checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.checkpointing else None,
+        "gradient_checkpointing_kwargs": _kept(config) if config.checkpointing else None,
         "ddp_find_unused_parameters": False,
         "eval_strategy": "steps",
         "eval_steps": steps.evaluate,
@@ -85,3 +85,8 @@ def common_arguments(
         "seed": config.seed,
         "data_seed": config.seed,
     }
+
+
+def _kept(config: TrainConfig) -> dict[str, Any]:
+    """Of checkpointing. The state of random numbers cannot be read while a step is captured."""
+    return {"use_reentrant": False, "preserve_rng_state": not config.graphs}

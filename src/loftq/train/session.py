@@ -105,6 +105,8 @@ class Session(Sitting):
             packing=self.packing,
             max_length=self.inputs.prepared.counts.max_length,
             beta=self.config.beta,
+            graphs=self.config.graphs,
+            offload=self.config.offload,
             callbacks=callbacks,
         )
 

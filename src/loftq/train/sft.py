@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, Features, List, Value
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
+from loftq.train.graphs import WIDTHS, StepGraphs
+from loftq.train.offload import HostInputs
+from loftq.train.tiles import base_of, why_not_tiled
 from loftq.train.trainers import Watched, one_process
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ def build(
     validation: Dataset,
     arguments: dict[str, Any],
     packing: bool,
+    max_length: int,
+    graphs: bool,
+    offload: bool,
     callbacks: list[Any],
     **_: Any,
 ) -> WatchedSFTTrainer:
@@ -51,6 +57,9 @@ def build(
         validation: held-out rows.
         arguments: from `common_arguments`.
         packing: whether the training rows are packed, so that batches are without padding.
+        max_length: tokens of the longest row.
+        graphs: capture the steps (`train.graphs`).
+        offload: keep inputs of blocks in host memory (`train.offload`).
         callbacks: for the trainer.
     """
     chosen = arguments | {
@@ -58,8 +67,9 @@ def build(
         "eval_packing": False,
         "max_length": None,  # the rows are as they should be
         "dataset_kwargs": {"skip_prepare_dataset": True},
+        "pad_to_multiple_of": -(-max_length // WIDTHS) if graphs else None,
     }
-    return WatchedSFTTrainer(
+    trainer = WatchedSFTTrainer(
         model=model,
         args=one_process(SFTConfig(**chosen)),
         train_dataset=train,
@@ -67,6 +77,12 @@ def build(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if graphs:
+        trainer.graphs = StepGraphs(model.parameters())
+        trainer.tiled = not why_not_tiled(base_of(model))
+    if offload:
+        trainer.offload = HostInputs(trainer.args.device)
+    return trainer
 
 
 def with_labels(rows: Dataset) -> Dataset:

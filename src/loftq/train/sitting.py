@@ -19,8 +19,11 @@ from loftq.train.arguments import common_arguments, resolve_dtype
 from loftq.train.base import Base
 from loftq.train.closing import summarize
 from loftq.train.config import OPTIMIZERS, Steps, TrainConfig
+from loftq.train.errors import TrainError
 from loftq.train.forecast import Forecast
+from loftq.train.graphs import why_not
 from loftq.train.listener import Briefing, Listener
+from loftq.train.offload import why_not_offloaded
 from loftq.train.peak import PeakMeter, capacity
 from loftq.train.place import Place
 from loftq.train.samples import earlier_samples
@@ -88,6 +91,8 @@ class Sitting(ABC):
         with undisturbed():
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
+            self._check_graphs()
+            self._check_offload()
             self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
@@ -99,12 +104,47 @@ class Sitting(ABC):
         self.place.wait()
 
     def _fuse(self) -> str:
-        """Put the training layer in place and say so; a baseline without packed layers has none."""
+        """Put the training layer in place and say so, unless it covers no adapted layer."""
         plan = fuse_for_training(self.model)
         if plan.grouped:
             return str(plan)
         undo_training(self.model)
         return f"without the training layer: {plan.reasons}" if plan.left else ""
+
+    def _check_graphs(self) -> None:
+        """Raise where steps were to be captured and cannot be.
+
+        Raises:
+            TrainError: with the reason.
+        """
+        place = self.place
+        reason = why_not(
+            self.model,
+            place.device,
+            processes=place.processes,
+            dtype=self.dtype,
+            checkpointing=self.config.checkpointing,
+        )
+        if self.kind == "preference":
+            reason = "a loss on preferences waits for the host"
+        if self.config.graphs and reason:
+            raise TrainError(f"graphs=true: {reason}. Leave it out.")
+
+    def _check_offload(self) -> None:
+        """Raise where inputs of blocks were to be kept in host memory and cannot be.
+
+        Raises:
+            TrainError: with the reason.
+        """
+        config = self.config
+        reason = why_not_offloaded(
+            self.place.device,
+            kind=self.kind,
+            checkpointing=config.checkpointing,
+            graphs=config.graphs,
+        )
+        if config.offload and reason:
+            raise TrainError(f"offload=true: {reason}. Leave it out.")
 
     @property
     def first_step(self) -> int:

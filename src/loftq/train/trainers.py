@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+
+import torch
+
+from loftq.train.graphs import StepGraphs
+from loftq.train.offload import HostInputs
+from loftq.train.tiles import IGNORED, base_of, tiled_loss
+
+ITEMS = "num_items_in_batch"
+"""Name of what a step's loss is divided by, among the tensors of a batch."""
 
 
 class Watched:
-    """Before a TRL trainer in the order of bases."""
+    """Before a trainer of transformers or TRL in the order of bases."""
 
     batch_shape = (0, 0)
     """Rows and tokens of a row, padding included, of the batch that is being computed."""
+    graphs: StepGraphs | None = None
+    """Of the steps that are trained; None = kernel by kernel."""
+    offload: HostInputs | None = None
+    """Where checkpointing keeps its inputs; None = on the device."""
+    tiled = False
+    """Whether what is trained is a causal language model's loss by tiles (`train.tiles`)."""
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Remember the size of the batch, for the message of a full memory."""
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Forward and backward of a batch, from a graph if there is one.
+
+        Its size is remembered for the message of a full memory.
+        """
         self.batch_shape = tuple(inputs["input_ids"].shape)
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        step = super().training_step  # type: ignore[misc]
+        if self.graphs is None:
+            return step(model, inputs, num_items_in_batch, **kwargs)
+        trainer: Any = self
+        batch = dict(trainer._prepare_inputs(inputs))
+        if num_items_in_batch is not None:
+            batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=trainer.args.device)
+
+        def computed(batch: dict[str, Any]) -> Any:
+            items = batch.pop(ITEMS, None)
+            return step(model, batch, items, **kwargs)
+
+        return self.graphs(computed, batch)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The trainer's own loss, or the same by tiles: nats over the tokens of a step."""
+        if not (self.tiled and model.training):
+            own = super().compute_loss  # type: ignore[misc]
+            with self.offload or nullcontext():
+                return own(model, inputs, return_outputs, num_items_in_batch)
+        trainer: Any = self
+        with trainer.accelerator.autocast():
+            total = tiled_loss(base_of(trainer.accelerator.unwrap_model(model)), inputs)
+        tokens = num_items_in_batch
+        if tokens is None:
+            tokens = inputs["labels"][:, 1:].ne(IGNORED).sum()
+        return total / torch.as_tensor(tokens, device=total.device).clamp(min=1)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The same for a batch that is only scored."""

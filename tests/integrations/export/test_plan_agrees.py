@@ -22,6 +22,7 @@ FORMATS = (
     "nf4-g64-dq", "nf4-g64-f32", "nf4-g128-dq", "nf4-g32-dq", "nf2-g64-dq", "nf4-g64-f16",
     "snf4-g64-dq", "sint4-g64-f16", "sint4-g64-bf16", "sint4-g32-f16", "sint2-channel-f16",
     "sint8-g128-f16", "sint3-g16-f16", "int4-g64-f16", "iq4nl-g32-f16", "sint8-g32-f16",
+    "nf4-g64-dq-h16", "sint4-g32-f16-h16",
 )  # fmt: skip
 NAMES_OF_LAYERS = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "down_proj")
 layers = st.lists(

@@ -70,7 +70,8 @@ class Layout(Protocol):
 def first_obstacle(layout: Layout, weights: Sequence[Packed]) -> str:
     """The first weight that the layout cannot hold, with the reason; "" if it holds them all."""
     for weight in weights:
-        found = "an embedding" if weight.kind == "embedding" else layout.obstacle(weight)
+        found = "an embedding" if weight.kind == "embedding" else rotated(weight)
+        found = found or layout.obstacle(weight)
         if found:
             return f"{weight.module} ({weight.spec}): {found}"
     formats = sorted({str(weight.spec) for weight in weights})
@@ -79,6 +80,13 @@ def first_obstacle(layout: Layout, weights: Sequence[Packed]) -> str:
     codings = sorted({weight.spec.scale_coding for weight in weights})
     if layout.one_coding and len(codings) > 1:
         return f"scales of one kind in the whole model, found {' and '.join(codings)}"
+    return ""
+
+
+def rotated(weight: Packed) -> str:
+    """A weight in a rotated basis: no other engine turns the inputs of a layer."""
+    if weight.spec.rotation:
+        return "its inputs are rotated, which the engine does not do"
     return ""
 
 

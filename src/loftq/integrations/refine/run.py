@@ -11,6 +11,7 @@ import torch
 from loftq.calibration import TokenWindows
 from loftq.integrations.blocks import CheckpointBlocks
 from loftq.integrations.refine.blocks import refine_blocks
+from loftq.integrations.refine.natural import refine_natural
 from loftq.integrations.refine.sitting import Listener, Sitting, Step
 from loftq.integrations.refine.student import Student
 from loftq.integrations.refine.whole import refine_whole
@@ -25,6 +26,7 @@ SCOPES: dict[str, Callable[[Stage, Student, Sitting], None]] = {
     "layer": refine_blocks,
     "block": refine_blocks,
     "model": refine_whole,
+    "natural": refine_natural,
 }
 
 
@@ -78,5 +80,6 @@ def refine_adapter(
 
 def _units(stage: Stage, student: Student) -> int:
     adapted = [student.adapted(block) for block in student.blocks]
-    counts = {"layer": sum(map(len, adapted)), "block": sum(map(bool, adapted)), "model": 1}
+    blocks = sum(map(bool, adapted))
+    counts = {"layer": sum(map(len, adapted)), "block": blocks, "model": 1, "natural": blocks}
     return counts[stage.scope]

@@ -7,7 +7,7 @@ that the divergence is exact and the device never holds two models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,18 @@ def refine_whole(stage: Stage, student: Student, sitting: Sitting) -> None:
     if sitting.take_over(WHOLE, student.adapter()):
         return
     pieces, batches = pieces_of(sitting.windows.ids, sitting.windows.mask, stage.batch)
+    loss = model_loss(stage, student, sitting, pieces)
+    tokens = max(mask.numel() for _, mask in pieces)
+    with student.whole(tokens):
+        factors = student.adapter()
+        found = sitting.descend(list(factors.values()), loss, batches, resumable=WHOLE)
+        sitting.settle(WHOLE, factors, found)
+
+
+def model_loss(
+    stage: Stage, student: Student, sitting: Sitting, pieces: Sequence[Piece]
+) -> Callable[[int], Tensor]:
+    """The stage's loss of the whole packed model by number of a piece; runs the original once."""
     original = sitting.open_original()
     wanted = _last_hidden(original, pieces)
     heads = _heads(student, original)
@@ -51,11 +63,7 @@ def refine_whole(stage: Stage, student: Student, sitting: Sitting) -> None:
                 total = total + stage.language * next_token_loss(h_hat, ids, heads[0], mask)
         return total
 
-    tokens = max(mask.numel() for _, mask in pieces)
-    with student.whole(tokens):
-        factors = student.adapter()
-        found = sitting.descend(list(factors.values()), loss, batches, resumable=WHOLE)
-        sitting.settle(WHOLE, factors, found)
+    return loss
 
 
 def _last_hidden(original: CheckpointBlocks, pieces: Sequence[Piece]) -> list[Tensor]:

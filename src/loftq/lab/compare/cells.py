@@ -17,6 +17,10 @@ ADAPTERS = ("alpha", "rslora", "targets", "skip")
 """Options of a quantization that mean something without one."""
 
 
+SPEED = frozenset({"graphs"})
+"""Options that change how fast a cell trains; of its result only the last bits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run: a task, learnt from one start with one seed."""
@@ -73,7 +77,8 @@ class Cell:
     @property
     def digest(self) -> str:
         """Identity of its settings: a kept row counts only for the same."""
-        what = [self.task, self.arm.method, self.format, self.rank, self.seed, dict(self.options)]
+        options = {key: value for key, value in self.options.items() if key not in SPEED}
+        what = [self.task, self.arm.method, self.format, self.rank, self.seed, options]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def _stem(self) -> tuple[str, ...]:

@@ -1,163 +1,169 @@
-"""The few-token product in CUDA C++ (few_tokens.cu): definitions, launch shape, arguments."""
+"""Few-token products in CUDA C++ (few_tokens.cu, more_tokens.cu): arguments and launch."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from loftq.ops.cuda.compiler import Kernel, kernel, room
-from loftq.ops.reference import SCALE_DTYPES, dynamic_map_on, view_bytes
+from loftq.ops.cuda.compiler import kernel, room
+from loftq.ops.cuda.counters import counters
+from loftq.ops.cuda.plan import LAUNCHES, TILE, Launch, Plan, Work, plan_of
+from loftq.ops.few_tokens import Member
+from loftq.ops.reference import dynamic_map_on
 
-SOURCE = "few_tokens.cu"
 SCALES = {"dq": 0, "f16": 1, "bf16": 2, "f32": 3}
-DOWN_COLUMNS = 1024  # of x A^T in one block of `down`
+MOST_MEMBERS, MOST_TOKENS = 3, 64
+MOST_PARTS = 16  # of x A^T, which every block adds up
 
 
-class Weight(ctypes.Structure):
-    """decode.cuh's."""
-
+class _Weight(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "packed", "scale", "zero", "nested", "map", "levels")),
-        *((name, ctypes.c_int) for name in (
-            "rows", "columns", "groups", "row_bytes", "zero_row_bytes")),
-    )  # fmt: skip
+        *((name, ctypes.c_void_p) for name in ("packed", "scale", "nested", "a", "b")),
+        *((name, ctypes.c_int) for name in ("rows", "blocks", "before")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int) for name in ("columns", "groups", "row_bytes"))
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        ("weight", Weight),
-        *((name, ctypes.c_void_p) for name in ("x", "ax", "b", "y")),
-        *((name, ctypes.c_int) for name in ("tokens", "rank", "share", "slabs", "parts")),
-    )
+        ("weights", _Weight * MOST_MEMBERS),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "ax", "counts", "map")),
+        ("layout", _Layout),
+        *((name, ctypes.c_int) for name in (
+            "tokens", "rows", "share", "height", "rank", "chunk", "parts", "members")),
+        *((name, ctypes.c_uint) for name in (
+            "unit_blocks", "ring", "sums", "map_copies", "ax_sums")),
+        ("levels", ctypes.c_uint16 * 16),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Shape of one launch."""
-
-    warps: int
-    """Warps of a block: each has tiles of its own."""
-    slab: int
-    """Rows that a warp decodes together: 16 or 32."""
-    tokens: int
-    """Tokens of a block: 8, 16 or 32."""
-    ahead: int
-    """Tiles of a warp on their way."""
-
-
-def choose_launch(tokens: int) -> Launch:
-    """Chosen by registers and bytes on their way; not measured (benchmarks/ops/sweep_linear.py)."""
-    if tokens <= 8:
-        return Launch(warps=16, slab=32, tokens=8, ahead=2)
-    if tokens <= 16:
-        return Launch(warps=16, slab=32, tokens=16, ahead=1)
-    return Launch(warps=8, slab=32, tokens=32, ahead=1)
+def why_not(x: Tensor, members: Sequence[Member]) -> str:
+    """Reason that this product does not take these weights together, or ""; formats agree."""
+    bits, group_size, coding = members[0].layout[:3]
+    tokens, columns = x.shape
+    if members[0].zero is not None:
+        return "the grid has zeros"
+    if any(m.stacked > 1 for m in members):
+        return "adapters are stacked, each for some of the tokens"
+    if bits not in (2, 3, 4) or group_size not in (64, 128, 256):
+        return f"{bits} bits, groups of {group_size}: it holds 2 to 4 bits, groups of 64 to 256"
+    if columns % TILE:
+        return f"in_features={columns} is not a multiple of {TILE}"
+    if not 0 < tokens <= MOST_TOKENS:
+        return f"{tokens} tokens: it holds {MOST_TOKENS}"
+    if len(members) > MOST_MEMBERS:
+        return f"{len(members)} weights, it holds {MOST_MEMBERS}"
+    for m in members:
+        if m.lora_A is not None and m.lora_B is not None and (
+            m.rank % 8 or m.lora_A.dtype != m.lora_B.dtype
+            or m.lora_A.dtype not in (x.dtype, torch.float32)
+        ):  # fmt: skip
+            dtypes = f"{m.lora_A.dtype} and {m.lora_B.dtype}"
+            return f"an adapter of rank {m.rank} in {dtypes} beside {x.dtype}"
+        aligned = (m.packed, m.scale, m.nested, m.lora_A, m.lora_B)
+        if any(t is not None and (t.data_ptr() % 16 or not t.is_contiguous()) for t in aligned):
+            return "packed bytes or an adapter are strided or not aligned to 16 bytes"
+    work = Work.of(x, members)
+    if work.scale_bytes < 4:
+        return f"groups of {group_size} with scales in {coding}: less than a word in 256 columns"
+    if plan_of(work, x.device, LAUNCHES) is None:
+        return f"rank {work.rank} of {sum(work.sizes)} rows does not fit into shared memory"
+    return ""
 
 
 def few_tokens(
     x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    nested: Tensor | None,
-    bits: int,
-    group_size: int,
-    scale_coding: str,
-    levels: Sequence[float],
-    default_zero: float,
-    lora_A: Tensor | None = None,
-    lora_B: Tensor | None = None,
-    scaling: float = 1.0,
+    members: Sequence[Member],
     *,
     launch: Launch | None = None,
     overlap: bool | None = None,
 ) -> Tensor:
-    """x W^T (+ scaling x A^T B^T) for x (tokens, in_features), float16 or bfloat16.
+    """[x W_i^T + s_i (x A_i^T) B_i^T for each member], side by side; one launch.
 
-    Arguments as in `schema.quant_linear`; dispatch.py says what is held. `overlap`: start while the
-    kernel before it runs; default: while a graph is captured, in which weights do not change.
+    Args:
+        x: (tokens, in_features), float16 or bfloat16.
+        members: that `why_not` has nothing against.
+        launch: its shape; None = the first of LAUNCHES that fits.
+        overlap: start while the kernel before it runs, which must not write weights; None = while
+            a graph is captured, in which weights do not change.
+
+    Raises:
+        ValueError: `launch` does not hold this product.
     """
     x = x.contiguous()
-    (tokens, columns), rows = x.shape, packed.shape[0]
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
-    launch = launch or choose_launch(tokens)
-    overlap = torch.cuda.is_current_stream_capturing() if overlap is None else overlap
-    minus = 0.0 if zero is not None else default_zero
-    values = tuple(levels) or tuple(code - minus for code in range(2**bits))
-    scales = scale if nested is not None else view_bytes(scale, SCALE_DTYPES[scale_coding])
-    definitions = _definitions(
-        bits, x.dtype, group_size, scale_coding, zero is not None, lora_A is not None, launch
-    )
-    share, shared = _share(rows, min(tokens, launch.tokens), bits, launch, x.device)
-    parts, rank = -(-columns // DOWN_COLUMNS), 0
+    work = Work.of(x, members)
+    plan = plan_of(work, x.device, LAUNCHES if launch is None else (launch,))
+    if plan is None:
+        raise ValueError(f"few_tokens: {launch} does not hold {work}.")
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    y = torch.empty((work.tokens, sum(work.sizes)), dtype=x.dtype, device=x.device)
+    arguments = _arguments(x, y, members, work, plan)
+    if work.rank:
+        shape = (len(members), arguments.parts, work.tokens, work.rank)
+        ax = torch.empty(shape, dtype=torch.float32, device=x.device)
+        counts = counters(x.device, capturing)
+        arguments.ax, arguments.counts = ax.data_ptr(), counts.data_ptr()
+    definitions = (
+        ("BITS", work.bits), ("HALF", int(x.dtype == torch.float16)), ("GROUP", work.group_size),
+        ("SCALE", SCALES[work.scale_coding]), ("RANKED", work.adapter_bytes),
+        *plan.launch.definitions,
+    )  # fmt: skip
+    name = plan.launch.source
     with torch.cuda.device_of(x):
-        ax = x
-        if lora_A is not None and lora_B is not None:
-            rank = lora_A.shape[0]
-            lora_A, lora_B = (t.to(x.dtype).contiguous() for t in (lora_A, lora_B))
-            ax = torch.empty((parts, tokens, rank), dtype=torch.float32, device=x.device)
-            kernel(SOURCE, "down", definitions, x.device)(
-                (-(-rank // 16), parts, -(-tokens // 8)), 256,
-                (*map(_pointer, (x, lora_A, ax)), *map(ctypes.c_int, (tokens, columns, rank)),
-                 ctypes.c_float(scaling)),
-                shared=4096, overlap=overlap,
-            )  # fmt: skip
-        weight = Weight(
-            *(t.data_ptr() for t in (
-                packed, scales, packed if zero is None else zero,
-                packed if nested is None else nested, dynamic_map_on(x.device),
-                _levels_on(values, x.dtype, x.device))),
-            rows, columns, scales.shape[-1], packed.shape[1], 0 if zero is None else zero.shape[1],
+        kernel(f"{name}.cu", name, definitions, x.device)(
+            (work.blocks(plan.share), 1, 1), plan.launch.warps * 32, (arguments,),
+            shared=plan.shared, overlap=capturing if overlap is None else overlap,
         )  # fmt: skip
-        arguments = _Arguments(
-            weight, *(t.data_ptr() for t in (x, ax, x if lora_B is None else lora_B, y)),
-            tokens, rank, share, -(-share // launch.slab), parts,
-        )  # fmt: skip
-        run: Kernel = kernel(SOURCE, "few_tokens", definitions, x.device)
-        grid = (-(-rows // share), -(-tokens // launch.tokens), 1)
-        run(grid, launch.warps * 32, (arguments,), shared=shared, overlap=overlap)
     return y
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _definitions(
-    bits: int, dtype: torch.dtype, group_size: int, coding: str, zeros: bool, ranked: bool,
-    launch: Launch,
-) -> tuple[tuple[str, int], ...]:  # fmt: skip
-    return (
-        ("BITS", bits), ("HALF", int(dtype == torch.float16)), ("GROUP", group_size),
-        ("SCALE", SCALES[coding]), ("ZEROS", int(zeros)), ("RANKED", int(ranked)),
-        ("WAIT_EARLY", int(not ranked)), ("WARPS", launch.warps), ("SLAB", launch.slab),
-        ("TOKENS", launch.tokens), ("AHEAD", launch.ahead),
+def _arguments(
+    x: Tensor, y: Tensor, members: Sequence[Member], work: Work, plan: Plan
+) -> _Arguments:
+    share, tiles, first = plan.share, work.columns // TILE, members[0]
+    chunk = -(-tiles // MOST_PARTS)
+    arguments = _Arguments(
+        x=x.data_ptr(), y=y.data_ptr(), map=dynamic_map_on(x.device).data_ptr(),
+        layout=_Layout(work.columns, work.columns // work.group_size, first.packed.shape[1]),
+        tokens=work.tokens, rows=sum(work.sizes), share=share,
+        height=_height(share, plan.launch.slab), rank=work.rank, chunk=chunk,
+        parts=-(-tiles // chunk), members=len(members),
+        unit_blocks=min(work.blocks(share), room(x.device)[0]), **plan.places,
     )  # fmt: skip
+    bits, _, _, levels, default_zero = first.layout
+    arguments.levels[:] = _level_bits(tuple(levels), bits, default_zero, x.dtype)
+    for i, member in enumerate(members):
+        blocks = sum(-(-size // share) for size in work.sizes[:i])
+        arguments.weights[i] = _weight(member, blocks, sum(work.sizes[:i]))
+    return arguments
 
 
-def _share(
-    rows: int, tokens: int, bits: int, launch: Launch, device: torch.device
-) -> tuple[int, int]:
-    """Rows of a block and its bytes of shared memory: as many blocks as multiprocessors, or a
-    multiple where the sums of all warps would not fit."""
-    blocks, most_bytes = room(device)
-    fixed = (64 * 256 if bits == 3 else 65536) + 1024
-    row_bytes = launch.warps * tokens * 4
-    most = (most_bytes - fixed) // row_bytes
-    waves = -(-rows // (blocks * most))
-    share = -(-rows // (blocks * waves))
-    return share, fixed + share * row_bytes
+def _weight(member: Member, blocks: int, before: int) -> _Weight:
+    pointers = (
+        None if t is None else t.data_ptr()
+        for t in (member.packed, member.scale, member.nested, member.lora_A, member.lora_B)
+    )
+    return _Weight(*pointers, member.packed.shape[0], blocks, before, float(member.scaling))
+
+
+def _height(share: int, slab: int) -> int:
+    """Rows of a slab, as equal as they come."""
+    return -(-share // -(-share // slab))
 
 
 @lru_cache
-def _levels_on(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Levels in the 16-bit dtype of x."""
-    return torch.tensor(levels, dtype=torch.float32).to(device, dtype)
+def _level_bits(
+    levels: tuple[float, ...], bits: int, default_zero: float, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """The grid's levels as bits of x's dtype, 16 of them."""
+    values = levels or tuple(code - default_zero for code in range(2**bits))
+    stored = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.int16)
+    return tuple(int(v) & 0xFFFF for v in stored.tolist()) + (0,) * (16 - len(values))

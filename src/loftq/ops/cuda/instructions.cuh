@@ -7,6 +7,9 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+constexpr u32 BASE = 1024;         // the first address of dynamic shared memory
+constexpr int PATIENCE = 1 << 14;  // looks at a counter, about a microsecond each
+
 __device__ __forceinline__ float half_to_float(u32 half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<u16>(half)));
@@ -41,11 +44,77 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 picks) {
     return d;
 }
 
-// Eight bytes that are read once.
-__device__ __forceinline__ uint2 load_words(const u8 *p) {
+// Shared memory by its own 32-bit addresses. Reads of what never changes once written may be moved
+// by the compiler (`fixed`), others not.
+__device__ __forceinline__ u32 address_of(const void *p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ u32 fixed_word(u32 at) {
+    u32 v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ u32 table_word(u32 at) {  // from BASE on
+    u32 v;
+    asm("ld.shared.u32 %0, [%1 + 1024];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ uint2 table_words(u32 at) {
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y) : "l"(p));
+    asm("ld.shared.v2.u32 {%0, %1}, [%2 + 1024];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ u32 shared_word(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ uint2 shared_words(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ uint4 shared_four(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ u32 shared_half(u32 at) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ void store_words(u32 at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Copies to shared memory that nobody waits for until `wait_copies`.
+template <int BYTES> __device__ __forceinline__ void copy_async(u32 to, const u8 *from) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(to), "l"(from));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(to), "l"(from), "n"(BYTES));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int LEFT> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const u8 *p) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
+
+// Numbers that other blocks of the launch write.
+__device__ __forceinline__ float load_fresh(const float *p) {
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ u32 load_acquire(const u32 *p) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
 

@@ -22,9 +22,12 @@ from loftq.ops.triton.grid import nearest
 
 BLOCK_WEIGHTS = 512  # of a tile: few rows for each program, so that one matrix fills a large GPU
 WARPS = 1  # of a program: a column is then taken out by shuffles, without a barrier
+STRIDES = ("scale_stack", "scale_row", "scale_column", "zero_stack", "zero_row", "zero_column")
+"""Arguments that the code does not depend on: scales are read one column at a time, and a kernel
+for each way they may lie would take seconds to compile."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STRIDES)
 def _round_columns(  # type: ignore[no-untyped-def]  # arguments are Triton's
     w_ptr, factor_ptr, scale_ptr, zero_ptr, levels_ptr, codes_ptr, values_ptr, errors_ptr,
     rows, width, tiny, top, scale_stack, scale_row, scale_column, zero_stack, zero_row, zero_column,
@@ -60,7 +63,7 @@ def _round_columns(  # type: ignore[no-untyped-def]  # arguments are Triton's
     tl.store(errors_ptr + at, errors, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STRIDES)
 def _descend_columns(  # type: ignore[no-untyped-def]  # arguments are Triton's
     q_ptr, pull_ptr, gram_ptr, scale_ptr, zero_ptr, levels_ptr, codes_ptr, values_ptr,
     rows, width, tiny, top, scale_stack, scale_row, scale_column, zero_stack, zero_row, zero_column,

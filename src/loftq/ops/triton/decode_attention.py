@@ -40,6 +40,8 @@ def _rotate(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (token, head): of q, then k, then v."""
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -60,7 +62,7 @@ def _rotate(  # type: ignore[no-untyped-def]
         cos_2 = tl.load(cos_ptr + HALF + d).to(tl.float32)
         sin_2 = tl.load(sin_ptr + HALF + d).to(tl.float32)
         first, second = first * cos - second * sin, second * cos_2 + first * sin_2
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
     if head < HEADS:
         to_ptr = q_ptr + token * (HEADS * 2 * HALF) + head * (2 * HALF)
@@ -79,6 +81,8 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (token and key head, split): its share of the positions for GROUP query heads."""
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
     head, split = tl.program_id(0), tl.program_id(1)  # token * key heads + key head
@@ -107,7 +111,7 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + tl.dot(weights.to(TYPE), v)
         most = higher
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
     place = query * SPLITS + split
     tl.store(most_ptr + place, most, real)
@@ -121,6 +125,8 @@ def _join(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program: one query head. A split without positions has the maximum -inf."""
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
     query, d, s = tl.program_id(0), tl.arange(0, DIM), tl.arange(0, SPLITS)
@@ -128,7 +134,7 @@ def _join(  # type: ignore[no-untyped-def]
     weights = tl.exp(most - tl.max(most, 0))
     total = tl.sum(weights * tl.load(sum_ptr + query * SPLITS + s), 0)
     parts = tl.load(part_ptr + (query * SPLITS + s)[:, None] * DIM + d[None, :])
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
     y = tl.sum(weights[:, None] * parts, 0) / total
     tl.store(y_ptr + query * DIM + d, y.to(y_ptr.dtype.element_ty))

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from loftq.ops.groups import Member
+from loftq.ops.few_tokens import Member
 from loftq.ops.reference import SCALE_DTYPES, dynamic_map, view_bytes
 from loftq.ops.triton.bits import decode_scale, unpack_at
 from loftq.ops.triton.levels import level_asm, level_words

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+EARLY = False
+
 
 def options(overlap: bool) -> dict[str, Any]:
     """Keywords of a launch: the kernel's OVERLAP, and Triton's own where it is on."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
+    return {"OVERLAP": 2 if EARLY else 1, "launch_pdl": True} if overlap else {"OVERLAP": 0}

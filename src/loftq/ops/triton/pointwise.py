@@ -154,26 +154,34 @@ def _gate(  # type: ignore[no-untyped-def]  # arguments are Triton's
 
 
 def _run_gate(
-    gate: Tensor, up: Tensor, grad: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    up_grad = out if grad is None else torch.empty_like(up)
+    gate: Tensor, up: Tensor, grad: Tensor | None, activation: str, out: Tensor, up_grad: Tensor
+) -> None:
     if not gate.numel():
-        return out, up_grad
+        return
     with torch.cuda.device_of(gate):
         _gate[(triton.cdiv(gate.numel(), BLOCK),)](
             gate, up, gate if grad is None else grad.contiguous(), out, up_grad, gate.numel(),
             ACTIVATION=activation, BACKWARD=grad is not None, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
-    return out, up_grad
 
 
 def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """As `pointwise_reference.gate_reference`."""
-    return _run_gate(gate, up, None, activation)[0]
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _run_gate(gate, up, None, activation, out, out)
+    return out
 
 
 def gate_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """As `pointwise_reference.gate_backward_reference`."""
-    return _run_gate(gate, up, grad, activation)
+    gate, up = gate.contiguous(), up.contiguous()
+    found = torch.empty_like(gate), torch.empty_like(up)
+    _run_gate(gate, up, grad, activation, *found)
+    return found
+
+
+def gate_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """The same written over gate and up, which are contiguous: each element is read by the program
+    that writes it, before."""
+    _run_gate(gate, up, grad, activation, gate, up)

@@ -31,10 +31,17 @@ def pointwise_is_right(device: torch.device) -> bool:
     ]
     for activation in reference.ACTIVATIONS:
         calls += [("gate", (x, grad, activation)), ("gate_backward", (grad, x, grad, activation))]
-    return all(
+    return _overwrites(x, grad) and all(
         _same(getattr(pointwise, name)(*given), getattr(reference, f"{name}_reference")(*given))
         for name, given in calls
     )
+
+
+def _overwrites(x: Tensor, grad: Tensor) -> bool:
+    """Whether the gate's gradients, written over its inputs, are those written beside them."""
+    gate, up = x.clone(), grad.clone()
+    pointwise.gate_backward_(grad, gate, up, "silu")
+    return _same((gate, up), reference.gate_backward_reference(grad, x, grad, "silu"))
 
 
 def _same(found: Tensor | tuple[Tensor, ...], wanted: Tensor | tuple[Tensor, ...]) -> bool:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Scratch = Callable[[tuple[Any, ...], Any], int]
-"""(arguments, result) of an operator -> bytes that it uses and frees inside of it."""
+"""(arguments, result) of an operator -> bytes that it takes besides its result and frees."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -49,13 +49,13 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        inside = self._scratch.get(func)
-        if inside is not None:
-            self.peak = max(self.peak, self.live + inside(args, result))
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 self._remember(storage, storage.nbytes())
+        inside = self._scratch.get(func)
+        if inside is not None:
+            self.peak = max(self.peak, self.live + inside(args, result))
         return result
 
     def _remember(self, storage: torch.UntypedStorage, size: int) -> None:

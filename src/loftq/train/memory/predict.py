@@ -19,11 +19,15 @@ import torch
 from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
 from loftq.train.memory.probe import BlockCost, Step, block_cost
 from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
+from loftq.train.offload import NEWEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
                "adamw_torch_8bit": 2}  # fmt: skip
 """Bytes of optimizer state per trained parameter: two moments."""
+WORKSPACES = 2 * (32 << 20)
+"""Of cuBLAS, one for each thread that computes: the forward's and the backward's; bytes on Hopper,
+a quarter of it before."""
 PARTS = (
     "backbone", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "logits",
     "other",
@@ -52,6 +56,8 @@ class TrainingSettings:
     """chunked (TRL's) or full (all logits at once)."""
     embedding_on_host: bool = False
     """The embedding is in host memory (`loftq.load(..., embedding="host")`)."""
+    offload: bool = False
+    """Inputs of blocks are in host memory between forward and backward (loftq.train.offload)."""
     padded: bool | None = None
     """Whether rows are padded, which takes a mask; None = if there are several."""
     device: str = "cuda"
@@ -95,11 +101,11 @@ class PeakMemory:
     logits: int
     """The loss; 0 if the peak is elsewhere."""
     other: int
-    """Kept outside of the blocks: last norm, rotary tables, mask, ids."""
+    """Kept outside of the blocks: last norm, rotary tables, mask, ids; workspaces of cuBLAS."""
     moment: str
     """When the peak is: a key of `_moments`."""
     host: int = 0
-    """Bytes in host memory besides: an embedding that is kept there."""
+    """Bytes in host memory besides: an embedding, inputs of blocks."""
 
     @property
     def total(self) -> int:
@@ -125,6 +131,8 @@ def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
     fixed, host = _fixed(subject, settings)
     cost = cost_of(subject, settings)
     moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
+    if settings.offload:
+        host += subject.blocks * cost.kept
     moment, variable = max(moments.items(), key=lambda item: sum(item[1].values()))
     return PeakMemory(**fixed, **variable, moment=moment, host=host)
 
@@ -179,10 +187,13 @@ def _moments(
     """Gradients, activations, logits and the rest at each moment that can be the peak."""
     gradients = 4 * subject.adapter_parameters
     per_block = gradients // subject.blocks
-    kept = subject.blocks * cost.kept
+    held, last = subject.blocks, 1  # inputs of blocks that are on the device at either end
+    if settings.offload:
+        held = last = min(held, NEWEST)  # the one before is fetched meanwhile
+    kept = held * cost.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
-    other = cost.outside
+    other = cost.outside + (WORKSPACES if settings.device == "cuda" else 0)
     head = HeadOfLoss(
         vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
     )
@@ -193,8 +204,8 @@ def _moments(
         )
         for backward in (False, True)
     )  # fmt: skip
-    # Autocast keeps its 16-bit copies of the adapters until the forward, loss included, ends.
-    copies = dtype.itemsize * subject.adapter_parameters if settings.dtype != "fp32" else 0
+    # Of layers that run PEFT's forward, until the whole forward, loss included, ends.
+    copies = subject.blocks * cost.copies
 
     def moment(gradients: int, activations: int, logits: int = 0, other: int = other) -> dict:
         return {
@@ -207,8 +218,8 @@ def _moments(
         "loss": moment(early, kept, before, other + copies),
         "backward of the loss": moment(early, kept, after),
         "last block": moment(rest if early else 0, kept + cost.working),
-        "first block": moment(rest, cost.kept + cost.working),
-        "optimizer": moment(gradients, 0, 0, 0),
+        "first block": moment(rest, last * cost.kept + cost.working),
+        "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
 
 

@@ -37,7 +37,7 @@ REFERENCE_SCRATCH = 9
 """Bytes that the plain PyTorch dequantization takes for each weight besides its result."""
 POINTWISE_SCRATCH = 16
 """Bytes that plain PyTorch takes for each element of a norm, rotation or gate beside the result."""
-POINTWISE = ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward")
+POINTWISE = ("rms_norm", "rms_norm_backward", "rotate", "gate", "gate_backward", "gate_backward_")
 WALK = "loftq_walk"
 """Name of the attention that is walked through."""
 
@@ -55,6 +55,8 @@ class BlockCost:
     """Kept by the parts before and after the blocks: last norm, rotary tables, mask."""
     forward: int
     """Above what is kept: the most that one block's forward takes."""
+    copies: int
+    """16-bit copies of one block's adapters that autocast keeps until the forward ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def block_cost(subject: Subject, step: Step) -> BlockCost:
         working=one.backward_peak - one.after_forward,
         outside=one.after_forward - kept,
         forward=one.forward_peak - one.after_forward,
+        copies=two.copies - one.copies,
     )
 
 
@@ -92,6 +95,7 @@ class _Walked:
     after_forward: int
     forward_peak: int
     backward_peak: int
+    copies: int
 
 
 def _walk(subject: Subject, step: Step, blocks: int) -> _Walked:
@@ -121,11 +125,27 @@ def _run(model: nn.Module, step: Step, live: LiveBytes) -> _Walked:
     base = live.live
     with _autocast(step):
         hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        inside = live.live - base
     after = live.live - base
     forward_peak = live.peak - base
     live.reset()
-    torch.autograd.backward(hidden, torch.empty_like(hidden))
-    return _Walked(after, forward_peak, live.peak - base)
+    loss = _Loss.apply(hidden)
+    del hidden
+    loss.backward()
+    return _Walked(after, forward_peak, live.peak - base, inside - after)
+
+
+class _Loss(torch.autograd.Function):
+    """Keeps the hidden states until their gradient is there, and nothing longer."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_like(*ctx.saved_tensors)
 
 
 def _trained_model(subject: Subject, step: Step, blocks: int) -> nn.Module:
@@ -185,6 +205,9 @@ def _counting(step: Step) -> Iterator[LiveBytes]:
         ),
         torch.ops.loftq.quant_linear_backward.default: lambda args, result: dense_bytes(
             args[1].shape[0], args[5], args[0].dtype, step.device
+        ),
+        torch.ops.loftq.dequantize.default: lambda args, result: dequantize_scratch(
+            result.numel(), step.device
         ),
     }
     for name in POINTWISE:

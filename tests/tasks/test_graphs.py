@@ -1,0 +1,127 @@
+"""Steps as graphs: padded batches, gradients that stay, and the same run as kernel by kernel."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loftq.lab.compare.recipe import load_recipe
+from loftq.lab.compare.standin import tiny
+from loftq.lab.compare.standin_rows import words, write_rows
+from loftq.tasks import train_task
+from loftq.train.errors import TrainError
+from loftq.train.graphs import EAGER, Rounded, StepGraphs
+
+RUN = {
+    "max_steps": 12, "eval_steps": 12, "batch_size": 4, "gradient_accumulation": 2, "samples": 0,
+    "max_length": 128, "holdout": 0.4, "learning_rate": 1e-2, "rank": 4, "bits": 2,
+    "format": "nf2-g16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "padded"), [(1, 8), (8, 8), (9, 16), (25, 30), (30, 30)])
+def test_batches_are_padded_to_a_quarter_of_the_longest(width: int, padded: int) -> None:
+    def collate(features: object) -> dict[str, torch.Tensor]:
+        ids = torch.ones((2, width), dtype=torch.int64)
+        return {"input_ids": ids, "labels": torch.tensor([3.0, 4.0])}
+
+    batch = Rounded(collate, 30, {"input_ids": 7, "labels": -100})([])
+    assert batch["input_ids"].shape == (2, padded)
+    assert batch["input_ids"][:, width:].eq(7).all()
+    assert batch["input_ids"][:, :width].eq(1).all()
+    assert batch["labels"].tolist() == [3.0, 4.0]
+
+
+def test_gradients_stay_where_they_lie_and_start_from_zero() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    graphs = StepGraphs(layer.parameters())
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = layer(batch["x"]).sum()
+        loss.backward()
+        return loss.detach()
+
+    first = {"x": torch.tensor([[1.0, 2.0]])}
+    graphs(step, first)
+    assert layer.weight.grad is graphs.gradients[0]
+    other = {"x": torch.tensor([[1.0, 2.0], [1.0, 1.0]])}  # another shape: never captured here
+    graphs(step, other)
+    assert layer.weight.grad.tolist() == [[3.0, 5.0]]
+    layer.zero_grad(set_to_none=True)
+    graphs(step, first)
+    assert layer.weight.grad is graphs.gradients[0]
+    assert layer.weight.grad.tolist() == [[1.0, 2.0]]
+
+
+def test_a_cpu_refuses_with_the_remedy(tmp_path: Path) -> None:
+    model = tiny(load_recipe("glue-mpnet").architecture, tmp_path / "model", words())
+    data = write_rows(["rte"], tmp_path / "data")
+    options = {**RUN, "graphs": True, "dtype": "fp32"}
+    with pytest.raises(TrainError, match=r"graphs are a CUDA feature\. Leave it out"):
+        train_task(model, "rte", tmp_path / "run", data=data, device="cpu", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("recipe", "task"), [("glue-mpnet", "rte"), ("smollm2-gsm8k", "gsm8k-loss")]
+)
+def test_a_run_of_graphs_is_the_run_without(recipe: str, task: str, tmp_path: Path) -> None:
+    """Dropout aside: a graph draws its random numbers in another order."""
+    architecture = load_recipe(recipe).architecture
+    model = tiny(architecture, tmp_path / "model", words())
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    data, losses = write_rows([task], tmp_path / "data"), {}
+    for graphs in (False, True):
+        run = tmp_path / f"run-{graphs}"
+        options = {**RUN, "graphs": graphs, "checkpointing": False}
+        train_task(model, task, run, data=data, device="cuda", cache=tmp_path / "cache", **options)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[graphs] = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses[True]) == RUN["max_steps"] > EAGER
+    assert losses[True][-1] != losses[True][0]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_captured_steps_add_the_gradients_of_eager_ones() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).cuda()
+    graphs = StepGraphs(layer.parameters())
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = layer(batch["x"]).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    for i in range(EAGER + 4):
+        x = torch.randn(3, 8, device="cuda")
+        layer.zero_grad(set_to_none=True)
+        wanted_loss = step({"x": x})
+        wanted = [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad(set_to_none=True)
+        loss = graphs(step, {"x": x})
+        assert bool(graphs.captured) == (i >= EAGER)
+        torch.testing.assert_close(loss, wanted_loss)
+        torch.testing.assert_close([p.grad for p in layer.parameters()], wanted)
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_host_is_refused() -> None:
+    layer = nn.Linear(8, 1).cuda()
+    graphs = StepGraphs(layer.parameters())
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = layer(batch["x"]).mean()
+        loss.backward()
+        return loss.detach() * (2.0 if loss.item() > 0 else 1.0)
+
+    batch = {"x": torch.randn(3, 8, device="cuda")}
+    for _ in range(EAGER):
+        graphs(step, batch)
+    with pytest.raises(TrainError, match=r"cannot be captured .* graphs=false"):
+        graphs(step, batch)
