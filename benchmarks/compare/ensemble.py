@@ -2,7 +2,7 @@
 
     python benchmarks/compare/ensemble.py --work DIR [--decoder MODEL] [--encoder MODEL]
         [--tasks mrpc dream] [--ranks 16 8] [--members 5] [--processes 1] [--seconds 190]
-        [--data FOLDER] [--device cuda] [--keys KEY=VALUE ...]
+        [--data FOLDER] [--device cuda] [--dtype bfloat16] [--keys KEY=VALUE ...]
 
 Decoding is at batch 1 from a static cache, one CUDA graph a token; one member has its adapter
 folded into the packed product (`prepare_for_inference`), the ensemble runs five sequences whose
@@ -53,7 +53,7 @@ SCORING = 25  # seconds kept for it, and for the passes that are timed
 
 
 def decoding(
-    model: Path, folder: Path, rank: int, members: int, device: str, tokens: int
+    model: Path, folder: Path, rank: int, members: int, device: str, dtype: str, tokens: int
 ) -> Iterator[dict[str, Any]]:
     """Milliseconds a token and of a prompt, bytes: one member, and all in one model."""
     out = packed(model, folder, rank, device)
@@ -64,7 +64,7 @@ def decoding(
     (folder / "ensemble.json").write_text(json.dumps({"members": names}))
     one = folder / names[0]
     for count, path, narrow in ((1, one, False), (1, one, True), (members, folder, False)):
-        found = _decoded(path, device, tokens, narrow=narrow)
+        found = _decoded(path, device, dtype, tokens, narrow=narrow)
         yield {"part": "decode", "rank": rank, "members": count, **found}
 
 
@@ -76,9 +76,9 @@ def packed(model: Path, folder: Path, rank: int, device: str) -> Path:
     return out
 
 
-def _decoded(path: Path, device: str, tokens: int, *, narrow: bool) -> dict[str, Any]:
+def _decoded(path: Path, device: str, dtype: str, tokens: int, *, narrow: bool) -> dict[str, Any]:
     with fresh(device):
-        opened = open_causal(path, device=device, dtype="bfloat16" if device == "cuda" else "auto")
+        opened = open_causal(path, device=device, dtype=dtype)
         if narrow:
             for name, tensor in named_tensors(opened.model):
                 if is_factor(name):
@@ -86,8 +86,9 @@ def _decoded(path: Path, device: str, tokens: int, *, narrow: bool) -> dict[str,
         prepare_for_inference(opened.model)
         vocabulary = opened.model.get_input_embeddings().num_embeddings
         prompt = (torch.arange(512, device=device) % vocabulary)[None]
+        repeats = min(10, tokens)
         with torch.no_grad():
-            read = timed(lambda: opened.model(input_ids=prompt, logits_to_keep=1), 10, device)
+            read = timed(lambda: opened.model(input_ids=prompt, logits_to_keep=1), repeats, device)
         before = allocated(device)
         decoder = GraphDecoder(opened.model, max_length=1024)
         logits = decoder.prefill(prompt)
@@ -247,6 +248,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="steps that are timed")
     parser.add_argument("--seconds", type=float, default=190)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", help="of the decoder")
     parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -254,7 +256,8 @@ def main() -> None:
     for rank in given.ranks if given.decoder else ():
         where = given.work / f"decoder-{rank}"
         parts.append((f"decode r={rank}", lambda until, rank=rank, where=where: decoding(
-            given.decoder, where, rank, given.members, given.device, given.tokens)))  # fmt: skip
+            given.decoder, where, rank, given.members, given.device, given.dtype,
+            given.tokens)))  # fmt: skip
     for task in given.tasks if given.encoder else ():
         parts.append((task, lambda until, task=task: on_task(
             given.encoder, task, given.work / "encoder", given.members, given.processes,

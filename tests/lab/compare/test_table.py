@@ -157,3 +157,16 @@ def test_methods_that_differ_in_a_number_are_a_curve_over_it(tmp_path: Path) -> 
     assert "stored, MB" not in text
     draw(found, tmp_path / "picture.png")
     assert curves_of((QLORA, LOFTQ, ("fast:iters=3", "nf2-g64", 4))) is None
+
+
+@pytest.mark.parametrize(("collapsed", "axis"), [(5e5, "log"), (90.0, "linear")])
+def test_perplexities_that_lie_far_apart_are_on_a_logarithmic_axis(
+    collapsed: float, axis: str
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    from loftq.lab.compare.curves import name_scores
+
+    axes = figure.subplots()
+    axes.errorbar([0, 1], [collapsed, 20.0], yerr=[[1.0, 1.0], [1.0, 1.0]])
+    name_scores(axes, "perplexity_gptq", up=False)
+    assert (axes.get_yscale(), axes.get_ylabel()) == (axis, "perplexity_gptq (lower is better)")

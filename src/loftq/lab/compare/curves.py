@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FEWEST = 3
 """Values of an option that make a curve."""
+FAR = 20
+"""Times the smallest perplexity from which an axis is logarithmic."""
 SYMBOLS = {"iters": "T, alternations"}
 """What papers call an option."""
 
@@ -78,7 +80,15 @@ def draw_curves(axes: Axes, found: Comparison, task: str, curves: Curves, colors
             axes.axhline(height, color=colors[place % len(colors)], lw=1.1, ls="--", label=line[0])
     axes.set_title(task, fontsize=10)
     axes.set_xlabel(SYMBOLS.get(curves.option, curves.option))
+    name_scores(axes, metric, up)
+
+
+def name_scores(axes: Axes, metric: str | None, up: bool) -> None:
+    """The axis of the scores; logarithmic where perplexities lie far apart, as of a collapse."""
     axes.set_ylabel(f"{metric or 'no row yet'} ({'higher' if up else 'lower'} is better)")
+    low, high = axes.dataLim.intervaly
+    if (metric or "").startswith("perplexity") and 0 < low < high / FAR:
+        axes.set_yscale("log")
 
 
 def _name(arm: Arm, option: str, line: Line) -> str:

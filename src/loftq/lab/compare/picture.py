@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.lab.compare.curves import curves_of, draw_curves
+from loftq.lab.compare.curves import curves_of, draw_curves, name_scores
 from loftq.lab.compare.statistics import Line
 from loftq.lab.compare.table import Comparison, scale
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PANEL = (4.4, 3.4)  # inches
 COLUMNS = 3
+LEGEND = 0.21  # inches of a line
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6f6f6f", "#000000")
 """Distinguishable with any colour vision (Okabe and Ito)."""
 STEP = 1.03
@@ -44,7 +45,8 @@ def draw(found: Comparison, path: Path) -> Path:
     tasks = list(found.recipe.tasks)
     columns = min(COLUMNS, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    with drawn(path, (PANEL[0] * columns, PANEL[1] * rows + 0.7)) as figure:
+    below = LEGEND * math.ceil(len(found.lines) / columns)
+    with drawn(path, (PANEL[0] * columns, PANEL[1] * rows + 0.5 + below)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         curves = curves_of(tuple(found.lines))
         for task, panel in zip(tasks, panels, strict=False):
@@ -55,10 +57,10 @@ def draw(found: Comparison, path: Path) -> Path:
         for panel in list(panels):
             panel.set_visible(False)
         if curves is None:
-            figure.legend(handles=_legend(found), loc="outside lower center", ncols=3)
+            figure.legend(handles=_legend(found), loc="outside lower center", ncols=columns)
         else:
             named = figure.axes[0].get_legend_handles_labels()
-            figure.legend(*named, loc="outside lower center", ncols=2)
+            figure.legend(*named, loc="outside lower center", ncols=min(2, columns))
         figure.suptitle(f"{found.recipe.name}: {found.recipe.model}", fontsize=10.5)
     return path
 
@@ -97,7 +99,7 @@ def _panel(axes: Axes, found: Comparison, task: str) -> None:
         axes.errorbar(place, times * summary.median, yerr=ends, **_look(found, line))
     axes.set_title(task, fontsize=10)
     axes.set_xscale("log")
-    axes.set_ylabel(f"{metric or 'no row yet'} ({'higher' if up else 'lower'} is better)")
+    name_scores(axes, metric, up)
     axes.set_xlabel("stored, MB (logarithmic; equal sizes side by side)")
     _plain_ticks(axes)
 
