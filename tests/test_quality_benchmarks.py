@@ -95,7 +95,7 @@ def test_processes_share_the_rows_of_a_table_and_a_second_call_finds_them(tmp_pa
     assert all(f"| {row} | 4 |" in table for row in ("qlora | int2-g32-dq", "max | int2-g32-dq"))
     assert "loftq-paper | nf2-g32-dq" in table
     rows = {path: path.read_bytes() for path in (tmp_path / "shared" / "rows").iterdir()}
-    assert len(rows) == 5  # with the original model and the statistics
+    assert len(rows) == 6  # with the original model, the statistics and the settings
     assert not run(tmp_path, "all_methods", *given, "--ranks", "4")  # nothing left to say
     assert {path: path.read_bytes() for path in rows} == rows
 
@@ -116,3 +116,27 @@ def test_encoders_are_scored_by_what_becomes_of_their_embeddings(tmp_path: Path)
     }
     assert [scores["reference"]["moved"], len(scores["reference"])] == [0.0, 2]
     assert all(scores[name]["moved"] > 0 for name in scores if name != "reference")
+
+
+def test_rows_of_other_settings_are_not_taken_for_those_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from sharing import Job, Rows, share
+
+    rows = Rows(tmp_path)
+    rows.claim({"windows": 40, "data": "a.txt"})
+    rows.claim({"windows": 40, "data": "a.txt"})
+    with pytest.raises(ValueError, match=r"made with windows=40\. Ask for the same"):
+        rows.claim({"windows": 20, "data": "a.txt"})
+
+    def fail() -> dict:
+        raise RuntimeError("no memory")
+
+    jobs = [Job(name="a:b", work=fail), Job(name="c", work=dict, after="a:b")]
+    share(rows, [*jobs, Job(name="d", work=dict)], late=lambda: False)
+    assert rows.find("a:b")["failed"] == "RuntimeError: no memory"
+    assert rows.find("c") is None
+    assert rows.succeeded("d")
+    rows.forget_failures()
+    assert rows.find("a:b") is None

@@ -54,6 +54,11 @@ DEFAULT = (
 )  # fmt: skip
 FORMATS = ("int2-g64-dq", "int3-g64-dq", "nf4-g64-dq")
 REFERENCE, STATISTICS = "reference", "statistics"
+SETTINGS = (
+    "model", "data", "calibrate", "choose", "gsm8k", "tune", "pairs", "windows", "other_windows",
+    "calibration_windows", "calibration_context", "refine_text", "refine_windows",
+)  # fmt: skip
+"""Arguments that decide numbers; rows made with others do not stand side by side."""
 
 
 @dataclass
@@ -187,6 +192,12 @@ def rows_of(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the numbers, files by their names."""
+    given = {key: getattr(args, key) for key in SETTINGS}
+    return {key: x.resolve().name if isinstance(x, Path) else x for key, x in given.items()}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="of rows; continued where it ended")
@@ -221,6 +232,10 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     rows, planned = Rows(args.folder), jobs(Bench(args))
+    try:
+        rows.claim(settings(args))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     if args.retry:
         rows.forget_failures()
     if args.processes > 1 and not args.table:

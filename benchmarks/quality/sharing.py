@@ -23,7 +23,7 @@ from loftq.checkpoint.durable import ProcessLock, publish, write_partial
 from loftq.checkpoint.header import CheckpointError
 
 PATIENCE = 0.5  # seconds between looks at what others are doing
-FAILED = "failed"
+FAILED, SETTINGS = "failed", "settings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,24 @@ class Rows:
         self.folder = folder
         for name in ("rows", "locks"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Make the folder that of rows made with these settings.
+
+        Raises:
+            ValueError: it holds rows of others.
+        """
+        job = Job(name=SETTINGS, work=lambda: {SETTINGS: settings})
+        while (there := self.find(SETTINGS)) is None:
+            if not self.settle(job):
+                time.sleep(PATIENCE)
+        other = [key for key, value in settings.items() if there[SETTINGS].get(key) != value]
+        if other:
+            told = ", ".join(f"{key}={there[SETTINGS].get(key)}" for key in other)
+            raise ValueError(
+                f"{self.folder}: holds rows made with {told}. Ask for the same, or choose another "
+                "folder."
+            )
 
     def find(self, name: str) -> dict[str, Any] | None:
         """A job's row, None while it is not done."""
