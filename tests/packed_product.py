@@ -45,6 +45,21 @@ class Problem:
         assert (y.double() - exact).norm() <= torch.maximum(allowed, rounding)
 
 
+class Stacked(Problem):
+    """A problem each of whose tokens has its own part of the rank."""
+
+    def stack(self, stacked):
+        tokens, rank = len(self.x), len(self.lora_A)
+        token = torch.arange(tokens, device=self.x.device) // (tokens // stacked)
+        row = torch.arange(rank, device=self.x.device) // (rank // stacked)
+        self.own = token[:, None] == row
+        ax = self.own * (self.x.double() @ self.lora_A.double().T)
+        self.extra = 0.5 * ax @ self.lora_B.double().T
+
+    def low(self):
+        return 0.5 * (self.own * (self.x @ self.lora_A.T)) @ self.lora_B.T
+
+
 def check_overlap(chain):
     """Captured in a graph and replayed, overlapping launches give the bits of plain ones.
 

@@ -12,7 +12,7 @@ from loftq.ops.cuda import plan, probe
 from loftq.ops.cuda.few_tokens import few_tokens, why_not
 from loftq.ops.cuda.plan import FewTokens, MoreTokens
 from loftq.ops.few_tokens import Member
-from packed_product import Problem, check_overlap
+from packed_product import Problem, Stacked, check_overlap
 
 CASES = (
     ("nf4", (37,), 256, 3, FewTokens(warps=2, slab=32, ahead=2, resident=2)),
@@ -70,6 +70,19 @@ def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch
     for adapter in (None, torch.float32 if number % 3 else dtype):
         y = few_tokens(made[0].x, members(made, adapter), launch=launch, overlap=False)
         check(y, made, adapter is not None)
+
+
+def test_stacked_adapters_are_each_for_their_own_tokens(compiler, monkeypatch):
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    monkeypatch.setattr(module, "kernel", compiler)
+    made = [Stacked("nf4", n, 512, 6, torch.float16, "cpu", rank=24) for n in (33, 16)]
+    for problem in made:
+        problem.stack(3)
+    given = [m._replace(stacked=3) for m in members(made, torch.float16)]
+    assert why_not(made[0].x, given) == ""
+    launch = FewTokens(warps=2, slab=16, ahead=1)
+    check(few_tokens(made[0].x, given, launch=launch, overlap=False), made, True)
 
 
 def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch):

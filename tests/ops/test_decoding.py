@@ -15,7 +15,7 @@ from loftq.ops import decoding
 from loftq.ops.dispatch import may_overlap, why_no_decode_kernels
 from loftq.ops.few_tokens import Member
 from loftq.ops.groups import linears, why_not_together
-from packed_product import Problem, check_overlap
+from packed_product import Problem, Stacked, check_overlap
 from tolerances import KERNEL_ERROR_RATIO
 
 SHAPES = (  # tokens, heads, kv_heads, length, dim, position, bias, norms
@@ -135,21 +135,6 @@ def stacks(name, dtype, device, stacked, rank, tokens):
         problem.stack(stacked)
     members = [Member(*p.packed[:4], p.packed[4:], *p.adapter, stacked) for p in problems]
     return problems, members
-
-
-class Stacked(Problem):
-    """A problem each of whose tokens has its own part of the rank."""
-
-    def stack(self, stacked):
-        tokens, rank = len(self.x), len(self.lora_A)
-        token = torch.arange(tokens, device=self.x.device) // (tokens // stacked)
-        row = torch.arange(rank, device=self.x.device) // (rank // stacked)
-        self.own = token[:, None] == row
-        ax = self.own * (self.x.double() @ self.lora_A.double().T)
-        self.extra = 0.5 * ax @ self.lora_B.double().T
-
-    def low(self):
-        return 0.5 * (self.own * (self.x @ self.lora_A.T)) @ self.lora_B.T
 
 
 def check_trial():

@@ -1,10 +1,10 @@
 """One decoded token in a quarter of the launches: transformers' layers from our own kernels.
 
 A layer of Llama takes transformers and PEFT about sixty launches for a token, of which most move a
-few thousand values. Here it takes fourteen: q, k, v in one packed product with their adapters, gate
-and up in another, and small kernels between (ops/decoding.py). Weights, adapters and the static
-cache are the model's own; nothing is copied and the model stays as it is. Members of an ensemble
-(members.py) take the same launches: their sequences go side by side.
+few thousand values. Here it takes ten (fourteen with Triton's product): q, k, v in one packed
+product with their adapters, gate and up in another, and small kernels between (ops/decoding.py).
+Weights, adapters and the static cache are the model's own; nothing is copied and the model stays as
+it is. Members of an ensemble (members.py) take the same launches: their sequences go side by side.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class FusedStep:
     Args:
         model: one that `why_not_fused` has nothing against, in eval mode.
         cache: a static cache of transformers', filled by a prefill of the same model.
-        overlap: whether launches start while the ones before them end. Not found faster yet
-            (docs/kernels.md).
+        overlap: whether the small kernels, too, start while the ones before them end. Faster
+            (docs/kernels.md), but its logits were not compared on a GPU yet.
 
     Raises:
         ValueError: overlap on a device without such launches.

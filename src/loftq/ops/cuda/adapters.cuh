@@ -157,7 +157,8 @@ __device__ __forceinline__ void load_b(
     }
 }
 
-// s A x^T of this block's weight, (tokens, rank), into shared memory.
+// s A x^T of this block's weight, (tokens, rank), into shared memory; 0 where a row of stacked
+// adapters is not the token's own.
 __device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
     int pitch = rank_pitch(s) / 2, ranks = pitch - 8, size = s.tokens * s.rank;
     const float *parts = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size;
@@ -165,7 +166,7 @@ __device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
     for (int i = threadIdx.x; i < s.tokens * ranks; i += THREADS) {
         int token = i / ranks, r = i % ranks;
         float total = 0.0f;
-        if (r < s.rank)
+        if (r < s.rank && r / s.own_rank == token / s.own_tokens)
 #pragma unroll 16
             for (int part = 0; part < s.parts; part++)
                 total += load_fresh(parts + part * size + token * s.rank + r);

@@ -38,7 +38,8 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "y", "ax", "counts", "map")),
         ("layout", _Layout),
         *((name, ctypes.c_int) for name in (
-            "tokens", "rows", "share", "height", "rank", "chunk", "parts", "members")),
+            "tokens", "rows", "share", "height", "rank", "chunk", "parts", "members", "own_rank",
+            "own_tokens")),
         *((name, ctypes.c_uint) for name in (
             "unit_blocks", "ring", "sums", "map_copies", "ax_sums")),
         ("levels", ctypes.c_uint16 * 16),
@@ -51,8 +52,6 @@ def why_not(x: Tensor, members: Sequence[Member]) -> str:
     tokens, columns = x.shape
     if members[0].zero is not None:
         return "the grid has zeros"
-    if any(m.stacked > 1 for m in members):
-        return "adapters are stacked, each for some of the tokens"
     if bits not in (2, 3, 4) or group_size not in (64, 128, 256):
         return f"{bits} bits, groups of {group_size}: it holds 2 to 4 bits, groups of 64 to 256"
     if columns % TILE:
@@ -136,7 +135,8 @@ def _arguments(
         tokens=work.tokens, rows=sum(work.sizes), share=share,
         height=_height(share, plan.launch.slab), rank=work.rank, chunk=chunk,
         parts=-(-tiles // chunk), members=len(members),
-        unit_blocks=min(work.blocks(share), room(x.device)[0]), **plan.places,
+        unit_blocks=min(work.blocks(share), room(x.device)[0]), own_rank=work.rank // first.stacked,
+        own_tokens=work.tokens // first.stacked, **plan.places,
     )  # fmt: skip
     bits, _, _, levels, default_zero = first.layout
     arguments.levels[:] = _level_bits(tuple(levels), bits, default_zero, x.dtype)

@@ -23,6 +23,7 @@ struct Arguments {
     Layout layout;
     int tokens, rows, share, height;
     int rank, chunk, parts, members;
+    int own_rank, own_tokens;  // of each of the stacked adapters, which share out rank and tokens
     u32 unit_blocks;   // blocks that surely start first: they have the units
     u32 ring, sums, map_copies, ax_sums;  // addresses in shared memory
     u16 levels[16];
