@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -217,6 +218,36 @@ def test_projections_of_encoders_are_groups_unless_they_attend_elsewhere(
 ) -> None:
     sizes = [len(group) for group in fuse_for_training(packed(name)).grouped]
     assert sizes == groups * (len(sizes) // len(groups))
+
+
+def _replaced(layer: Any) -> None:
+    factor = layer.lora_B["default"]
+    factor.weight = nn.Parameter(2 * factor.weight.detach())
+
+
+def _scaled(layer: Any) -> None:
+    layer.scaling["default"] = 3.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.merge(),
+        lambda layer: layer.lora_A["default"].requires_grad_(False),
+        _replaced,
+        _scaled,
+    ],
+    ids=["disabled", "merged", "frozen", "replaced", "scaled"],
+)
+def test_what_changes_in_a_layer_between_steps_is_seen(change: Callable[[Any], object]) -> None:
+    model = packed("llama")
+    stock = copy.deepcopy(model)
+    fuse_for_training(model)
+    step(model)
+    for one in (model, stock):
+        change(one.get_base_model().model.layers[0].mlp.down_proj)
+    assert_same(step(model), step(stock))
 
 
 def test_the_state_dict_and_a_merge_are_what_they_were() -> None:

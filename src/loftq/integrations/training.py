@@ -170,6 +170,8 @@ class _Layer(_Bound):
     ) -> None:
         super().__init__(module)
         self.layers, self.index, self.handed = layers, index, handed
+        self.signature: tuple[object, ...] = ()
+        self.found: Adapted | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
@@ -183,6 +185,13 @@ class _Layer(_Bound):
         y = outputs.pop(self.index)
         self.handed.keep(x, outputs)
         return y
+
+    def adapted(self) -> Adapted | None:
+        """The layer with its adapter; None where PEFT's forward is to run."""
+        signature = _signature(self.module)
+        if signature != self.signature:
+            self.signature, self.found = signature, _adapted(self.module)
+        return self.found
 
 
 class _Norm(_Bound):
@@ -226,16 +235,46 @@ class _Gate(_Bound):
 
 def _to_train(x: Tensor, *layers: Any) -> list[Adapted]:
     """The layers as a group to compute now; empty where PEFT's forward is to run."""
-    if torch.compiler.is_compiling() or not all(isinstance(one.forward, _Layer) for one in layers):
+    if torch.compiler.is_compiling() or not (layers[0].training or torch.is_grad_enabled()):
         return []
-    if not (layers[0].training or torch.is_grad_enabled()) or any(map(why_not_trained, layers)):
-        return []
-    found = []
-    for layer in layers:
-        name = active_adapter(layer)
-        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        found.append(Adapted(layer.base_layer, A, B, layer.scaling[name]))
-    return found
+    bound = [layer.forward for layer in layers]
+    found = [one.adapted() if isinstance(one, _Layer) else None for one in bound]
+    return [] if None in found else found  # type: ignore[return-value]
+
+
+def _adapted(layer: Any) -> Adapted | None:
+    if why_not_trained(layer):
+        return None
+    name = active_adapter(layer)
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return Adapted(layer.base_layer, A, B, layer.scaling[name])
+
+
+def _signature(layer: Any) -> tuple[object, ...]:
+    """What `_adapted` depends on and may change between calls, by way of nn.Module's dictionaries.
+
+    To find the layer out anew in every pass takes the host 15 us, as long as two launches.
+    """
+    parts, names = layer._modules, tuple(layer.active_adapters)
+    base = parts["base_layer"]
+    bias = base._parameters.get("bias")
+    weight = base._parameters.get("weight")
+    found: list[object] = [
+        names, layer.disable_adapters, layer.merged, torch.is_grad_enabled(), type(base), id(base),
+        base.__dict__.get("forward") is None, bias is not None and bias.requires_grad,
+        weight is not None and weight.requires_grad,
+    ]  # fmt: skip
+    for name in names:
+        found += [
+            layer.scaling.get(name),
+            getattr(parts["lora_dropout"]._modules.get(name), "p", 0),
+        ]
+        for factor in ("lora_A", "lora_B"):
+            adapter = parts[factor]._modules.get(name)
+            if adapter is not None:
+                weight = adapter._parameters["weight"]
+                found += [id(weight), weight.requires_grad]
+    return tuple(found)
 
 
 def _groups(

@@ -120,7 +120,7 @@ class _Up(torch.autograd.Function):
         ctx.down, ctx.wants_x = u.grad_fn, x.requires_grad
         ctx.set_materialize_grads(False)
         inputs = _turned(x, group)
-        parts = zip(u.split(_ranks(group), 1), group, cast.Bs, cast.biases, strict=True)
+        parts = zip(u.split_with_sizes(_ranks(group), 1), group, cast.Bs, cast.biases, strict=True)
         return tuple(_output(inputs[_rotation(part[1])], *part) for part in parts)
 
     @staticmethod
@@ -156,12 +156,10 @@ def _of_adapters(
     ranks = _ranks(group)
     sizes = [one.A.numel() for one in group] + [one.B.numel() for one in group]
     flat = u.new_empty(sum(sizes))
-    pieces = flat.split(sizes)
+    pieces = flat.split_with_sizes(sizes)
     grad_u = torch.empty_like(u)
-    parts = zip(
-        grads, u.split(ranks, 1), grad_u.split(ranks, 1), group, cast.Bs, pieces[len(group) :],
-        strict=True,
-    )  # fmt: skip
+    us, grad_us = (t.split_with_sizes(ranks, 1) for t in (u, grad_u))
+    parts = zip(grads, us, grad_us, group, cast.Bs, pieces[len(group) :], strict=True)
     for grad, part, grad_part, one, B, grad_B in parts:
         if grad is None:
             grad_part.zero_()
@@ -169,7 +167,7 @@ def _of_adapters(
             _scaled_product(grad, B, one.scaling, out=grad_part)
             _scaled_product(grad.T, part, one.scaling, out=grad_B.view(one.B.shape))
     torch.mm(grad_u.T, x, out=flat[: cast.A.numel()].view(cast.A.shape))
-    found = flat.to(group[0].A.dtype).split(sizes)
+    found = flat.to(group[0].A.dtype).split_with_sizes(sizes)
     grad_As = [grad.view(one.A.shape) for grad, one in zip(found, group, strict=False)]
     grad_Bs = [
         None if grad is None else mine.view(one.B.shape)
@@ -216,7 +214,7 @@ def _cast(group: Sequence[Adapted], dtype: torch.dtype) -> _Cast:
     A, to, of = As[0], [], []
     if len(As) > 1 or A.dtype != dtype:
         A = A.new_empty((sum(_ranks(group)), A.shape[1]), dtype=dtype)
-        to, of = list(A.split(_ranks(group))), As
+        to, of = list(A.split_with_sizes(_ranks(group))), As
     found = [
         t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in others
     ]
@@ -233,7 +231,7 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float, *, out: Tensor) -> Non
 
 
 def _ranks(group: Sequence[Adapted]) -> list[int]:
-    return [len(one.A) for one in group]
+    return [one.A.shape[0] for one in group]
 
 
 def _versions(group: tuple[Adapted, ...]) -> list[tuple[int, int]]:
