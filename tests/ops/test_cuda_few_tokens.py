@@ -103,7 +103,7 @@ def test_what_it_does_not_hold_is_said(monkeypatch):
     x = torch.zeros(3, 512, dtype=torch.bfloat16)
 
     def reason(name="nf4", x=x, rows=20, rank=8, dtype=torch.bfloat16):
-        made = problems(name, (rows,), x.shape[1], max(len(x), 1), dtype, "cpu", rank=rank)
+        made = problems(name, (rows,), x.shape[1], len(x), dtype, "cpu", rank=rank)
         return why_not(x, members(made, dtype))
 
     assert reason() == ""
@@ -112,6 +112,7 @@ def test_what_it_does_not_hold_is_said(monkeypatch):
     assert "less than a word" in reason("nf4-g128")
     assert "in_features=320" in reason(x=x[:, :320])
     assert "65 tokens" in reason(x=x[:1].expand(65, -1))
+    assert "x is not aligned" in reason(x=torch.zeros(513, dtype=x.dtype)[1:].view(1, 512))
     assert "rank 12" in reason(rank=12)
     assert "torch.float16 beside torch.bfloat16" in reason(dtype=torch.float16)
     assert "does not fit" in reason(rows=40000, rank=512)

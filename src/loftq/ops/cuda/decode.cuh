@@ -23,7 +23,8 @@ constexpr int SCALES = ITEM * 256 / GROUP;    // scales: whole words,
 constexpr int RUN = SCALE == 0 ? 4 : 0;       // and the absmax of its nested scales
 constexpr int STAGE = SLAB * (PLANE + HIGH + SCALES + RUN);
 constexpr int ENTRIES = BITS == 3 ? 64 : 256;  // of the table at BASE, 256 bytes each
-constexpr u32 MAP_PITCH = BITS == 4 ? 256 : 32;  // of the map of nested scales: in half a table
+constexpr u32 MAP_PITCH = BITS == 4 ? 256 : 32;  // of the map of nested scales; at 4 bits in the
+                                                 // half of the table that its 32 lanes leave
 
 static_assert(SCALES >= 4, "the scales of 256 columns are less than a word");
 

@@ -58,6 +58,8 @@ def why_not(x: Tensor, members: Sequence[Member]) -> str:
         return f"in_features={columns} is not a multiple of {TILE}"
     if not 0 < tokens <= MOST_TOKENS:
         return f"{tokens} tokens: it holds {MOST_TOKENS}"
+    if x.is_contiguous() and x.data_ptr() % 16:
+        return "x is not aligned to 16 bytes"
     if len(members) > MOST_MEMBERS:
         return f"{len(members)} weights, it holds {MOST_MEMBERS}"
     for m in members:

@@ -2,8 +2,8 @@
 //
 // Bounds: reading x, which every block of `share` rows reads once, from the L2 cache, and shared
 // memory, where SLAB rows of a warp meet 64 columns of all tokens. So here
-// - a block of SLABS slabs goes through the columns in step: a tile of 256 columns of x
-//   and its weights' are in shared memory while the next one is on its way;
+// - a block of SLABS slabs goes through the columns in step: a tile of 256 columns of x and the
+//   block's weights is in shared memory while the next one is on its way;
 // - warp (slab, g) has columns 64 g .. 64 g + 63 of every tile, decodes them once for all tokens,
 //   and the four sums of a slab are added up at the end, in one order.
 //
@@ -27,8 +27,8 @@ __device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p
 }
 
 __device__ __forceinline__ void compute(
-    float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p, int g,
-    float offset, u32 bank) {
+    float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p,
+    int g, float offset, u32 bank) {
     u32 low[SLAB / 16][8], high[SLAB / 16][8];
     float scale[SLAB / 16][2];
 #pragma unroll
@@ -56,8 +56,8 @@ __device__ __forceinline__ void compute(
 
 // Sums of warp (slab, g) into shared memory, or added to what it put there, (4, tokens, share).
 template <bool ADD> __device__ __forceinline__ void put(
-    float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p, int slab,
-    int g) {
+    float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p,
+    int slab, int g) {
 #pragma unroll
     for (int r = 0; r < SLAB / 16; r++)
 #pragma unroll

@@ -150,11 +150,9 @@ class MoreTokens:
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
-            ("WARPS", self.warps),
-            ("SLAB", self.slab),
-            ("TOKENS", self.tokens),
-            ("RESIDENT", 1),
-        )
+            ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
+            ("RESIDENT", self.resident),
+        )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
         return work.tokens <= self.tokens and share <= self.slabs * self.slab
