@@ -31,7 +31,7 @@ def planned(
             spec=parse_format(name),
             scale_fit="absmax",
             seed=0,
-            rank=8,
+            rank=rank,
         )
         for i, name in enumerate(formats)
     )
