@@ -62,7 +62,10 @@ def test_auto_keeps_the_better_of_both_for_each_layer(method: str, place: Path) 
         better = every if left(every[name]) < left(none[name]) else none
         assert layer["format"] == better[name]["format"]
         assert left(layer) == left(better[name])
-        assert "; in int2-g32-dq" in layer["notes"][-1]
+        other = none if better is every else every
+        assert layer["rival"] == other[name]["format"]
+        assert layer["rival_error"] == left(other[name])
+        assert layer["notes"] == better[name]["notes"]
     for name in ("all", "auto"):
         assert inspect_output(place / name, True, place / "llama").problems == []
     listed = json.loads((place / "auto" / "config.json").read_text())["quantization_config"]
