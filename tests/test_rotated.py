@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import loftq
 import zoo
+from loftq.formats import parse_format
 from loftq.integrations.fused_step import why_not_fused
 from loftq.integrations.inference import prepare_for_inference
 from loftq.integrations.llama_like import NotReadable, read_model
@@ -24,6 +25,7 @@ from loftq.pipeline import stream as engine
 from loftq.pipeline.config import QuantizeConfig
 from loftq.pipeline.serving import where_served
 from loftq.report import inspect_output
+from loftq.transforms import rotated
 from test_calibrated import OPTIONS, contents, place, quantize
 from tolerances import MERGE_LOGITS
 
@@ -60,7 +62,10 @@ def test_auto_keeps_the_better_of_both_for_each_layer(method: str, place: Path) 
         better = every if left(every[name]) < left(none[name]) else none
         assert layer["format"] == better[name]["format"]
         assert left(layer) == left(better[name])
-        assert "; in int2-g32-dq" in layer["notes"][-1]
+        other = none if better is every else every
+        assert layer["rival"] == other[name]["format"]
+        assert layer["rival_error"] == left(other[name])
+        assert layer["notes"] == better[name]["notes"]
     for name in ("all", "auto"):
         assert inspect_output(place / name, True, place / "llama").problems == []
     listed = json.loads((place / "auto" / "config.json").read_text())["quantization_config"]
@@ -103,6 +108,23 @@ def test_a_table_or_an_odd_width_is_left_by_auto_and_refused_by_all(place: Path)
         quantize(place, "refused", method="loftq", format="nf4-g64-dq-h64")
     table = quantize(place, "table", method="loftq", rotation="auto", embedding=8)
     assert formats(table)["model.embed_tokens"] == "sint8-g64-f16"
+
+
+def test_a_named_block_is_kept_and_a_weight_with_one_scale_is_not_rotated(place: Path) -> None:
+    options: dict[str, Any] = {"method": "loftq", "skip": ODD}
+    named = {"*.q_proj": "int2-g16-dq-h16", "*.k_proj": "uniform2"}
+    for layer, form in formats(
+        quantize(place, "auto", rotation="auto", formats=named, **options)
+    ).items():
+        if layer.endswith("q_proj"):
+            assert form == "int2-g16-dq-h16"
+        if layer.endswith("k_proj"):
+            assert form == "uniform2-tensor-f32"
+    with pytest.raises(ValueError, match=r"k_proj: rotation=all: uniform2-tensor-f32 is stored un"):
+        quantize(place, "refused", rotation="all", formats=named, **options)
+    with pytest.raises(ValueError, match=r"uniform2-tensor-f32-h16: .* such as int2-g64-dq-h16"):
+        quantize(place, "refused", format="uniform2-tensor-f32-h16", **options)
+    assert rotated(parse_format("nf2-g64-dq-h16"), 576).rotation == 16
 
 
 @pytest.mark.parametrize("option", [{"rotation": "all", "engine": "vllm"}, {"rotation": "some"}])

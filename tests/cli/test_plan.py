@@ -81,6 +81,10 @@ def test_a_method_may_prescribe_grid_and_fit_but_not_how_tables_are_stored(
     layers = loftq("plan", model, *asked).json["layers"]
     found = {layer["format"]: layer["scale_fit"] for layer in layers}
     assert found == {"int3-g64-dq": "entropy", "sint8-g64-f16": "mse"}
+    asked = ("--rank", 4, "--format", "int4-g16", "scale_fit=entropy", "embedding=8", "--json")
+    layers = loftq("plan", model, *asked).json["layers"]
+    found = {layer["format"]: layer["scale_fit"] for layer in layers}
+    assert found == {"int4-g16-dq": "entropy", "sint8-g64-f16": "mse"}
 
 
 def test_a_fit_that_a_format_does_not_have_is_refused_before_work(

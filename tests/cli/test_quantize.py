@@ -311,6 +311,19 @@ def test_text_that_is_too_short_is_said_before_and_after_and_refused_if_strict(
     assert "noted" not in plain.out
 
 
+def test_layers_that_were_tried_rotated_are_counted_and_are_no_departure(
+    loftq: Callable, model: Path, tmp_path: Path
+) -> None:
+    words = ("--rank", 4, "--bits", 2, "--rotation", "auto")
+    answer = loftq("quantize", model, "-o", tmp_path / "new", *words)
+    layers = json.loads((tmp_path / "new" / "loftq.json").read_text())["layers"]
+    tried = [layer for layer in layers if layer["rival"]]
+    turned = sum("-h" in layer["format"] for layer in tried)
+    assert 0 < turned < len(tried)
+    assert f"{turned} of {len(tried)} layers, whose error is smaller so" in answer.out
+    assert "noted" not in answer.out
+
+
 def test_a_refinement_is_said_before_and_after_and_in_a_plan(
     loftq: Callable, model: Path, tmp_path: Path
 ) -> None:

@@ -204,6 +204,9 @@ def test_a_loaded_model_is_refused(place: Path) -> None:
         ({"method": "max", "data": None}, r"method=max: needs text to calibrate on"),
         ({"refine": "blocks"}, "refine='blocks' does not exist"),
         ({"refine_epochs": -1.0}, "refine_epochs=-1.0: must be 0"),
+        ({"refine": "natural", "refine_epochs": 0.4}, "refine_epochs=0.4: .* a whole number"),
+        ({"refine": "natural", "method": "qlora"}, "qlora with iters=0 starts at B A = 0"),
+        ({"refine": "natural", "iters": 0}, "with iters=0 starts at B A = 0"),
     ],
 )
 def test_what_cannot_be_refined_is_refused(options: dict, message: str, place: Path) -> None:

@@ -149,6 +149,8 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
             f"{console.count(len(units), stage['scope'])}: held-out loss {before:.4g} -> "
             f"{after:.4g} (mean)",
         )
+    if told := _rotated(result):
+        lines.add_row("rotated", told)
     if noted := _noted(result):
         lines.add_row("noted", noted)
     lines.add_row(
@@ -163,6 +165,15 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
     lines.add_row("", f"loftq train {output} --data FILE -o RUN")
     lines.add_row("", f'in Python: loftq.load("{output}", trainable=True)')
     out.print(lines)
+
+
+def _rotated(result: RunResult) -> str:
+    """How many of the layers that rotation=auto tried are stored rotated; "" where it tried none."""
+    tried = [layer for layer in result.plan.layers if layer.rival]
+    if not tried:
+        return ""
+    turned = sum(result.formats[layer.info.module] == str(layer.rival) for layer in tried)
+    return f"{turned} of {console.count(len(tried), 'layer')}, whose error is smaller so"
 
 
 def _noted(result: RunResult) -> str:

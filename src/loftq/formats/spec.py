@@ -76,7 +76,10 @@ class FormatSpec:
                 f"choose {', '.join(map(str, BLOCKS))}."
             )
         if self.rotation and self.group_size == PER_TENSOR:
-            raise ValueError(f"{self.grid}{self.bits}: `uniform` is stored unrotated; drop -h.")
+            raise ValueError(
+                f"{self}: `uniform` is stored unrotated. Leave -h{self.rotation} out, or choose "
+                f"another grid, such as int{self.bits}-g64-dq-h{self.rotation}."
+            )
 
     def __str__(self) -> str:
         grid = self.grid if self.grid == "iq4nl" else f"{self.grid}{self.bits}"

@@ -57,6 +57,10 @@ class LayerRecord:
     """Anything that did not go the plain way: fallbacks, extra damping."""
     preserved: int | None = None
     """Ranks that hold a part of W itself (srr); None where the rank was not split."""
+    rival: str | None = None
+    """Format that was tried as well; None where nothing was."""
+    rival_error: float | None = None
+    """Its error, in the method's metric as `errors` are (methods/rival.py)."""
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""

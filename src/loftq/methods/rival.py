@@ -44,5 +44,4 @@ def left_over(record: LayerRecord) -> float:
 
 
 def _told(kept: LayerRecord, other: LayerRecord) -> LayerRecord:
-    note = f"error {left_over(kept):.4g}; in {other.format} {left_over(other):.4g}"
-    return replace(kept, notes=(*kept.notes, note))
+    return replace(kept, rival=other.format, rival_error=left_over(other))

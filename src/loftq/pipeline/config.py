@@ -68,7 +68,8 @@ class QuantizeConfig:
     iters: int | None = None
     """Alternations T; None = the method's own."""
     scale_fit: str | None = None
-    """absmax, mse, sigma or entropy; None = the method's, else the format's default."""
+    """absmax, mse, sigma or entropy; None = the method's, else the format's default. A table in 8
+    bits has its own where it lacks this one."""
     solver: str | None = None
     """chebyshev or exact; None = the method's own."""
     order: str | None = None
@@ -105,7 +106,8 @@ class QuantizeConfig:
     """Gradient refinement of the adapters: none, layer, block, hidden-language, distill, natural or
     block-distill, which need text; None = the method's own."""
     refine_epochs: float | None = None
-    """Passes over the text in each stage of the refinement; None = its own, 0 = keep the start."""
+    """Passes over the text in each stage of the refinement, and for natural whole steps of each
+    block; None = its own, 0 = keep the start."""
     strict: bool = False
     """Raise instead of recording extra damping or calibration tokens that had to be left out."""
     engine: str | None = None
@@ -186,7 +188,25 @@ class QuantizeConfig:
         self.default_format()
         for name in self.formats.values():
             parse_format(name)
-        return self._check_allocation()
+        return self._check_refinement() or self._check_allocation()
+
+    def _check_refinement(self) -> str:
+        """Natural-gradient steps, which are counted whole and start from a product."""
+        if not any(stage.scope == "natural" for stage in self.refinement().stages):
+            return ""
+        steps = self.refine_epochs
+        if steps is not None and steps != round(steps):
+            return (
+                f"refine_epochs={steps}: refine=natural counts steps of each block; give a whole "
+                "number, or 0 to keep the start."
+            )
+        if self.resolved_method().iterations == 0 and steps != 0:
+            return (
+                f"refine=natural: {self.method} with iters=0 starts at B A = 0, which no "
+                "natural-gradient step leaves. Choose refine=distill, or a method whose adapters "
+                "correct the rounding, such as loftq or fast."
+            )
+        return ""
 
     def _check_allocation(self) -> str:
         if self.costs_by is not None:

@@ -399,7 +399,7 @@ def _rival(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> FormatS
     if config.rotation != "auto" or not _turns(info) or spec.rotation:
         return None
     turned = rotated(spec, info.shape[1])
-    return turned if turned.rotation else None
+    return None if turned == spec else turned
 
 
 def _problems(
@@ -469,9 +469,12 @@ def _unturnable(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> li
             f"{info.shape[1]}, {found}. Choose another format for it with formats=..."
         ]
     if config.rotation == "all" and _turns(info) and not spec.rotation:
+        found = f"{info.shape[1]} inputs are not whole blocks of 16"
+        if spec.group_size == PER_TENSOR:
+            found = f"{spec} is stored unrotated"
         return [
-            f"{info.module}: rotation=all: {info.shape[1]} inputs are not whole blocks of 16. "
-            f'Choose rotation=auto, or leave the layer out with skip=["{info.module}"].'
+            f"{info.module}: rotation=all: {found}. Choose rotation=auto, or leave the layer out "
+            f'with skip=["{info.module}"].'
         ]
     return []
 
@@ -514,14 +517,12 @@ def _load(layer: PlannedLayer, gram: bool) -> int:
 
 
 def _fit(config: QuantizeConfig, info: LayerInfo, spec: FormatSpec) -> str:
-    if config.scale_fit is not None:
-        return config.scale_fit
-    method_fit = config.resolved_method().scale_fit
-    if method_fit == "absmax" and spec.grid in ("even", "uniform"):
+    fit = config.scale_fit or config.resolved_method().scale_fit
+    if not info.adapted and fit not in fits_of(spec):
+        return default_fit(spec)  # what is chosen for the layers need not exist for a table
+    if config.scale_fit is None and fit == "absmax" and spec.grid in ("even", "uniform"):
         return "sigma"  # the papers' rule for these grids
-    if not info.adapted and method_fit not in fits_of(spec):
-        return default_fit(spec)  # a method does not prescribe how tables are stored
-    return method_fit or default_fit(spec)
+    return fit or default_fit(spec)
 
 
 def _seed(seed: int, module: str) -> int:

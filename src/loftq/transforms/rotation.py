@@ -16,14 +16,15 @@ from torch import Tensor
 
 from loftq.formats import FormatSpec
 from loftq.ops.hadamard import BLOCKS, hadamard
+from loftq.ops.reference import PER_TENSOR
 
 ROTATIONS = ("none", "all", "auto")
 """Whether inputs are rotated: of no layer, of each, or of those that it serves."""
 
 
 WIDEST = 64
-"""Columns of a block at most, unless a format names another: wider ones lowered no error on
-SmolLM2 (docs/methods.md), and a block of b costs b / out_features of the product it precedes."""
+"""Columns of a block at most, unless a format names another: wider ones lowered no error on SmolLM2
+(benchmarks/quality/rotation_blocks.py), and a block of b costs b / out_features of the product."""
 
 
 def largest_block(in_features: int) -> int:
@@ -33,7 +34,12 @@ def largest_block(in_features: int) -> int:
 
 
 def rotated(spec: FormatSpec, in_features: int) -> FormatSpec:
-    """The format with its inputs rotated in those blocks; itself where none fill a row."""
+    """The format with its inputs rotated in those blocks.
+
+    Itself where none fill a row, where it names its own block, and where it cannot be rotated.
+    """
+    if spec.rotation or spec.group_size == PER_TENSOR:
+        return spec
     return replace(spec, rotation=largest_block(in_features))
 
 
