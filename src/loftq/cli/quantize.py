@@ -168,7 +168,7 @@ def _print_end(out: Console, output: Path, result: RunResult, finish: Finish) ->
 
 
 def _rotated(result: RunResult) -> str:
-    """How many of the layers that rotation=auto tried are stored rotated; "" if it tried none."""
+    """How many of the layers that rotation=auto tried are rotated; "" where it tried none."""
     tried = [layer for layer in result.plan.layers if layer.rival]
     if not tried:
         return ""
