@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,9 @@ def test_processes_share_the_rows_of_a_table_and_a_second_call_finds_them(tmp_pa
     table = run(tmp_path, "all_methods", *given, "--processes", "2")
     assert all(f"| {row} | 4 |" in table for row in ("qlora | int2-g32-dq", "max | int2-g32-dq"))
     assert "loftq-paper | nf2-g32-dq" in table
+    minutes = float(re.search(r"^([\d.]+) minutes in all", table, re.M)[1])
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "shared" / "rows").iterdir()]
+    assert minutes == pytest.approx(sum(row["job_s"] for row in rows) / 60, abs=0.06)
     rows = {path: path.read_bytes() for path in (tmp_path / "shared" / "rows").iterdir()}
     assert len(rows) == 6  # with the original model, the statistics and the settings
     assert not run(tmp_path, "all_methods", *given, "--ranks", "4")  # nothing left to say

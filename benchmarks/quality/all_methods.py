@@ -245,7 +245,7 @@ def main() -> None:
         share(rows, planned, late=lambda: time.perf_counter() - begin > args.seconds)
         return
     tunings = {row: [tuning(row, seed) for seed in range(1, args.seeds + 1)] for row in args.rows}
-    failed = show(rows, REFERENCE, tunings)
+    failed = show(rows, REFERENCE, tunings, shared=STATISTICS)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -10,13 +10,16 @@ from calibrated import spread
 from sharing import FAILED, Rows
 
 
-def show(rows: Rows, reference: str, tunings: Mapping[str, Sequence[str]]) -> list[str]:
+def show(
+    rows: Rows, reference: str, tunings: Mapping[str, Sequence[str]], *, shared: str
+) -> list[str]:
     """Print the table of the rows that are there.
 
     Args:
         rows: of the folder.
         reference: row of the original model.
         tunings: row -> names of the rows of its tunings.
+        shared: row of what all others read, whose time counts as well.
 
     Returns:
         Names of the rows that failed.
@@ -34,14 +37,17 @@ def show(rows: Rows, reference: str, tunings: Mapping[str, Sequence[str]]) -> li
     print(f"|---|---|{'--:|' * (len(heads) - 3)}---|")
     cells = ["original", "-", "-", "16", "-", "0", *(f"{v:.2f}" for v in known.values())]
     print(f"| {' | '.join([*cells, *['-'] * (len(known) + 2), original['machine']['commit']])} |")
+    minutes = sum(one["job_s"] for one in (original, rows.find(shared)) if one) / 60
     for name, seeds in tunings.items():
         row, after = rows.find(name), [rows.find(seed) for seed in seeds]
         failed += [
             n for n, r in zip((name, *seeds), (row, *after), strict=True) if FAILED in (r or {})
         ]
+        minutes += sum(one["job_s"] for one in (row, *after) if one is not None) / 60
         if row is not None and FAILED not in row:
             done = [one for one in after if one is not None and FAILED not in one]
             print(line(name, row, done, known))
+    print(f"{minutes:.1f} minutes in all, those of processes that shared a device added up.")
     return failed
 
 

@@ -125,6 +125,24 @@ def test_gguf_in_transformers(name: str, packed: Packed, tmp_path: Path) -> None
     close(found, exported.logits(loftq.load(out, adapter=trained)), ENGINE_LOGITS)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dense_takes_the_rank_and_alpha_of_each_layer(
+    rslora: bool, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    loftq.quantize(
+        model, out, rank=4, alpha=6, rslora=rslora, bits=3, allocation="error", ranks=(2, 8)
+    )
+    trained = exported.train(out, tmp_path / "trained")
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) <= {2, 8}
+    alphas = {"q_proj": 40.0, "0.mlp.up_proj": 1.0, **config["alpha_pattern"]}
+    exported.change_config(trained, alpha_pattern=alphas)  # the start's factor is one for all
+    loftq.export(out, to="dense", output=tmp_path / "dense", adapter=trained)
+    found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    close(exported.logits(found), exported.logits(loftq.load(out, adapter=trained)), ENGINE_LOGITS)
+
+
 def test_dense_is_merged_from_the_packed_weights(
     packed: Packed, pair: Callable, tmp_path: Path
 ) -> None:

@@ -160,8 +160,6 @@ def test_a_fresh_adapter_on_other_layers_is_refused(packed: Packed, tmp_path: Pa
     ("config", "what"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"rank_pattern": {"q_proj": 8}}, "several ranks"),
-        ({"alpha_pattern": {"q_proj": 8}}, "several alphas"),
         ({"bias": "all"}, "trained biases"),
     ],
 )
@@ -172,4 +170,21 @@ def test_what_is_more_than_b_a_is_refused(
     out, _ = packed("nf4-g64-dq")
     trained = exported.train(out, tmp_path / "trained", **config)
     with pytest.raises(ValueError, match=f"adapter_config.json: {what}"):
+        loftq.export(out, to=target, output=tmp_path / "export", adapter=trained)
+
+
+@pytest.mark.parametrize("target", ["lora", "gguf"])
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"rank_pattern": {"q_proj": 8}}, "several ranks"),
+        ({"alpha_pattern": {"q_proj": 8}}, "several alphas"),
+    ],
+)
+def test_ranks_of_layers_are_refused_where_one_factor_serves_all(
+    target: str, config: dict[str, Any], what: str, packed: Packed, tmp_path: Path
+) -> None:
+    out, _ = packed("iq4nl-g32-f16")
+    trained = exported.train(out, tmp_path / "trained", **config)
+    with pytest.raises(ValueError, match=f"{what}.*, merge it with --to dense, or train without"):
         loftq.export(out, to=target, output=tmp_path / "export", adapter=trained)

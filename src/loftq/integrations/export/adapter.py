@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,10 @@ PARTS = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
 }
+PATTERNS = {"rank_pattern": "several ranks", "alpha_pattern": "several alphas"}
+"""Keys of adapter_config.json that give a layer a rank or alpha of its own."""
 UNSUPPORTED = {
     "use_dora": "DoRA",
-    "rank_pattern": "several ranks",
-    "alpha_pattern": "several alphas",
     "target_parameters": "parameters as targets",
     "trainable_token_indices": "trained tokens",
 }
@@ -69,6 +70,21 @@ class LoraAdapter:
         alpha = float(self.config["lora_alpha"])
         return alpha / (math.sqrt(self.rank) if self.config.get("use_rslora") else self.rank)
 
+    def update(self, module: str) -> Tensor | None:
+        """s B A of a layer, float32, with its own rank and alpha; None where it has no factors."""
+        pair = self.pairs.get(module)
+        if pair is None:
+            return None
+        A, B = self.read(pair["A"]).float(), self.read(pair["B"]).float()
+        alpha, rank = float(self._alpha(module)), A.shape[0]
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) * (B @ A)
+
+    def _alpha(self, module: str) -> float:
+        """The first pattern, in PEFT's sense, that the path ends in; else that of all layers."""
+        patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
+        found = (a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
+        return next(found, self.config["lora_alpha"])
+
     @property
     def pairs(self) -> dict[str, dict[str, str]]:
         """Module -> {"A": tensor name, "B": tensor name}."""
@@ -104,19 +120,25 @@ class LoraAdapter:
             digest.update(f"{name} {self.tensors.sha256(name)}\n".encode())
         return digest.hexdigest()
 
-    def plain(self) -> None:
+    def plain(self, *, patterns: bool = False) -> None:
         """Check that the update of every layer is s B A and nothing else.
+
+        Args:
+            patterns: ranks and alphas may differ from layer to layer.
 
         Raises:
             ValueError: naming what else there is.
         """
-        extras = [what for key, what in UNSUPPORTED.items() if self.config.get(key)]
+        refused = UNSUPPORTED if patterns else {**PATTERNS, **UNSUPPORTED}
+        extras = [what for key, what in refused.items() if self.config.get(key)]
         if self.config.get("bias", "none") != "none":
             extras.append("trained biases")
         if extras:
+            merge = "" if set(extras) - set(PATTERNS.values()) else ", merge it with --to dense"
             raise ValueError(
                 f"{self.folder / CONFIG}: {', '.join(extras)}. This export computes with B A and "
-                "one scaling alone; serve the packed model in transformers, or train without."
+                f"one scaling alone; serve the packed model in transformers{merge}, or train "
+                "without."
             )
 
     def config_for(self, base: str) -> dict[str, Any]:

@@ -24,9 +24,8 @@ def merged(weight: Packed, Q: Tensor, lora: LoraAdapter) -> Tensor:
     Q is (out_features, in_features), as for PEFT's linear factors. The factors of an embedding are
     the transposes, A (rank, tokens) and B (width, rank); a Conv1D stores its weight transposed.
     """
-    pair = lora.pairs.get(weight.module)
-    if pair is not None:
-        update = lora.scaling * (lora.read(pair["B"]).float() @ lora.read(pair["A"]).float())
+    update = lora.update(weight.module)
+    if update is not None:
         Q = Q + (update.T if weight.kind == "embedding" else update)
     return Q.T.contiguous() if weight.kind == "conv1d" else Q
 
@@ -39,10 +38,10 @@ def write_dense(job: Job) -> int:
 
     Raises:
         ExportError: the adapter changes a tensor that is not there, or a weight overflows `dtype`.
-        ValueError: an adapter that is not plain LoRA, or an unknown dtype.
+        ValueError: an adapter that is more than LoRA, or an unknown dtype.
     """
     source, lora = job.source, job.source.adapter
-    lora.plain()
+    lora.plain(patterns=True)
     _check_targets(job)
     dtype = dense_dtype(job)
     shards = _shards(job, dtype)
