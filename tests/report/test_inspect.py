@@ -200,6 +200,11 @@ def test_another_source_is_refused_by_its_fingerprint(out: Path, tmp_path: Path)
             "rank_pattern={'model.layers.0.mlp.up_proj': 2}, quantized with {}",
         ),
         (
+            "init_adapter/adapter_config.json",
+            lambda v: v.update(alpha_pattern={"up_proj": 2}),
+            "alpha_pattern={'up_proj': 2}, quantized with {}",
+        ),
+        (
             "config.json",
             lambda v: v["quantization_config"].update(backbone="1" * 64),
             "111111111111 in config.json",

@@ -169,15 +169,14 @@ def check_adapter(files: OutputFiles) -> Iterator[str]:
 def _adapter_config(files: OutputFiles) -> Iterator[str]:
     path = files.folder / ADAPTER / "adapter_config.json"
     found, config = read_object(path), files.record["config"]
+    root = 0.5 if config.get("rslora") else 1.0
+    others = [x for x in files.record["layers"] if x["rank"] not in (0, config.get("rank"))]
     wanted: dict[str, Any] = {
         "r": config.get("rank"),
         "lora_alpha": config.get("alpha") or config.get("rank"),
         "use_rslora": config.get("rslora", False),
-        "rank_pattern": {
-            layer["name"]: layer["rank"]
-            for layer in files.record["layers"]
-            if layer["rank"] not in (0, config.get("rank"))
-        },
+        "rank_pattern": {x["name"]: x["rank"] for x in others},
+        "alpha_pattern": {x["name"]: x["scaling"] * x["rank"] ** root for x in others},
     }
     for key, value in wanted.items():
         if (found.get(key) or None) != (value or None):  # absent and empty mean the same
