@@ -157,15 +157,16 @@ def test_a_fresh_adapter_on_other_layers_is_refused(packed: Packed, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("config", "what"),
+    ("target", "config", "what"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"rank_pattern": {"q_proj": 8}}, "several ranks"),
-        ({"alpha_pattern": {"q_proj": 8}}, "several alphas"),
-        ({"bias": "all"}, "trained biases"),
+        ("lora", {"use_dora": True}, "DoRA.* or train without"),
+        ("dense", {"use_dora": True}, "DoRA.* or train without"),
+        ("lora", {"rank_pattern": {"q_proj": 8}}, "several ranks.* --to dense"),
+        ("lora", {"alpha_pattern": {"q_proj": 8}}, "several alphas.* --to dense"),
+        ("lora", {"bias": "all"}, "trained biases"),
+        ("dense", {"bias": "all"}, "trained biases"),
     ],
 )
-@pytest.mark.parametrize("target", ["lora", "dense"])
 def test_what_is_more_than_b_a_is_refused(
     target: str, config: dict[str, Any], what: str, packed: Packed, tmp_path: Path
 ) -> None:

@@ -25,12 +25,12 @@ PARTS = {
 }
 UNSUPPORTED = {
     "use_dora": "DoRA",
-    "rank_pattern": "several ranks",
-    "alpha_pattern": "several alphas",
     "target_parameters": "parameters as targets",
     "trainable_token_indices": "trained tokens",
 }
 """Keys of adapter_config.json that make the update something else than one s B A per layer."""
+PATTERNS = {"rank_pattern": "several ranks", "alpha_pattern": "several alphas"}
+"""Keys that give layers an r and an s of their own."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,30 @@ class LoraAdapter:
             digest.update(f"{name} {self.tensors.sha256(name)}\n".encode())
         return digest.hexdigest()
 
-    def plain(self) -> None:
+    @property
+    def highest_rank(self) -> int:
+        """The most that any layer has."""
+        return max(self.rank, *(self.config.get("rank_pattern") or {}).values(), 0)
+
+    def plain(self, *, patterns: bool = False) -> None:
         """Check that the update of every layer is s B A and nothing else.
+
+        Args:
+            patterns: layers may have ranks and alphas of their own.
 
         Raises:
             ValueError: naming what else there is.
         """
-        extras = [what for key, what in UNSUPPORTED.items() if self.config.get(key)]
+        checked = UNSUPPORTED if patterns else UNSUPPORTED | PATTERNS
+        extras = [what for key, what in checked.items() if self.config.get(key)]
         if self.config.get("bias", "none") != "none":
             extras.append("trained biases")
         if extras:
+            merged = set(extras) <= set(PATTERNS.values())
             raise ValueError(
                 f"{self.folder / CONFIG}: {', '.join(extras)}. This export computes with B A and "
-                "one scaling alone; serve the packed model in transformers, or train without."
+                "one scaling alone; serve the packed model in transformers, "
+                + ("or export it --to dense." if merged else "or train without.")
             )
 
     def config_for(self, base: str) -> dict[str, Any]:

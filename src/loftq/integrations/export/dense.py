@@ -14,6 +14,7 @@ from loftq.integrations.export.adapter import LoraAdapter
 from loftq.integrations.export.job import Job, Tensors, as_json
 from loftq.integrations.export.model import PREFIX, same_bytes, side_files
 from loftq.integrations.export.source import ExportError
+from loftq.integrations.peft import scaling_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,7 +27,8 @@ def merged(weight: Packed, Q: Tensor, lora: LoraAdapter) -> Tensor:
     """
     pair = lora.pairs.get(weight.module)
     if pair is not None:
-        update = lora.scaling * (lora.read(pair["B"]).float() @ lora.read(pair["A"]).float())
+        scaling = scaling_of(lora.config, weight.module)
+        update = scaling * (lora.read(pair["B"]).float() @ lora.read(pair["A"]).float())
         Q = Q + (update.T if weight.kind == "embedding" else update)
     return Q.T.contiguous() if weight.kind == "conv1d" else Q
 
@@ -42,7 +44,7 @@ def write_dense(job: Job) -> int:
         ValueError: an adapter that is not plain LoRA, or an unknown dtype.
     """
     source, lora = job.source, job.source.adapter
-    lora.plain()
+    lora.plain(patterns=True)
     _check_targets(job)
     dtype = dense_dtype(job)
     shards = _shards(job, dtype)

@@ -91,7 +91,7 @@ def packed_commands(
     """Each engine that reads the layout, for a model folder with its adapter inside."""
     base, adapter = str(job.output), str(job.output / ADAPTER)
     flags = f"--dtype {dtype}" if dtype else ""
-    rank = job.source.adapter.rank
+    rank = job.source.adapter.highest_rank
     places = (
         *vllm(job, base=base, adapter=adapter, rank=rank, flags=flags),
         transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack),
@@ -102,11 +102,11 @@ def packed_commands(
 
 def packed_limits(job: Job, layout: Layout) -> list[str]:
     """What holds of every packed export: whose the adapter is, and which engine cannot read it."""
-    lora = job.source.adapter
+    rank = job.source.adapter.highest_rank
     return [
-        f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise",
+        f"the adapter (rank {rank}) belongs to this base alone: on another it is noise",
         *(f"not for {NAMES[k]}: {why}" for k, why in unreadable(job, layout).items()),
-        *(adapter_limits(job, lora.rank) if "vllm" in layout.readers else ()),
+        *(adapter_limits(job, rank) if "vllm" in layout.readers else ()),
         *too_old(layout.name),
     ]
 
