@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.export import NAMES, Layout, cannot_read
 from loftq.integrations.engines import too_old
 from loftq.integrations.export.job import ADAPTER, Job
+from loftq.integrations.peft import scaling_of
 from loftq.pipeline.serving import LORA_RANKS, max_lora_rank
 
 AUTO_CLASSES = {
@@ -53,6 +55,8 @@ def adapter_limits(job: Job, rank: int) -> list[str]:
         problems.append("vLLM refuses adapters that hold whole layers (modules_to_save)")
     if lora.config.get("use_dora"):
         problems.append("vLLM refuses DoRA")
+    if not all(isclose(scaling_of(lora.config, module), lora.scaling) for module in lora.pairs):
+        problems.append("vLLM scales all layers alike, and some have an alpha of their own")
     if any(_is_end(module) for module in lora.pairs):
         problems.append("vLLM refuses adapters on embeddings and heads in recent releases")
     return problems
