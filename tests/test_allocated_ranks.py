@@ -145,3 +145,24 @@ def test_ranks_that_cannot_be_chosen_from_are_said(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         loftq.plan(place / "llama", measure=True, **{**OPTIONS, **settings})
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha_pattern": {"layers.0.mlp.up_proj": 20}}])
+def test_ranks_and_alphas_of_their_own_are_merged(
+    place: Path,  # noqa: F811
+    tmp_path: Path,
+    changes: dict,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loftq.quantize(place / "llama", place / "out", **OPTIONS, rslora=True)
+    config = place / "out" / "init_adapter" / "adapter_config.json"
+    found = json.loads(config.read_text())
+    assert len(set(found["rank_pattern"].values()) | {found["r"]}) > 1
+    config.write_text(json.dumps(found | changes))
+    loftq.export(place / "out", to="dense", output=tmp_path / "dense", dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        found, wanted = dense(ids).logits, loftq.load(place / "out").eval()(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

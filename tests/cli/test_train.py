@@ -108,9 +108,15 @@ def test_the_next_command_is_one_that_the_format_admits(
 
 def test_the_same_command_again_says_that_it_is_done(train: Callable, tmp_path: Path) -> None:
     assert train().code == 0
+    rows = tmp_path / "run" / "metrics.jsonl"
+    *others, last = rows.read_text().splitlines()
+    summary = json.loads(last)["summary"]
+    summary["graphs"] = {"captured": 2, "replayed": 5, "eager": 3}  # as a GPU would write it
+    rows.write_text("\n".join([*others, json.dumps({"summary": summary})]) + "\n")
     again = train()
     assert again.code == 0
     assert "finished before with these settings; --overwrite trains again" in again.out
+    assert "5 of 8 batches from 2 graphs" in again.out
     other = train("learning_rate=1e-3")
     assert other.code == 1
     assert "learning_rate: None then, 0.001 now" in other.err

@@ -1,18 +1,21 @@
 """Steps as graphs: padded batches, gradients that stay, and the same run as kernel by kernel."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from loftq.lab.compare.recipe import load_recipe
 from loftq.lab.compare.standin import tiny
 from loftq.lab.compare.standin_rows import words, write_rows
 from loftq.tasks import train_task
+from loftq.tasks.trainer import TaskTrainer
 from loftq.train.errors import TrainError
-from loftq.train.graphs import EAGER, Rounded, StepGraphs
+from loftq.train.graphs import EAGER, Rounded, StepGraphs, why_not
 
 RUN = {
     "max_steps": 12, "eval_steps": 12, "batch_size": 4, "gradient_accumulation": 2, "samples": 0,
@@ -61,6 +64,84 @@ def test_a_cpu_refuses_with_the_remedy(tmp_path: Path) -> None:
     options = {**RUN, "graphs": True, "dtype": "fp32"}
     with pytest.raises(TrainError, match=r"graphs are a CUDA feature\. Leave it out"):
         train_task(model, "rte", tmp_path / "run", data=data, device="cpu", **options)
+
+
+class _Replayed:
+    """In place of a graph on a CPU, of a step that gives the same loss for every batch."""
+
+    def __init__(self, step: Callable, batch: dict[str, torch.Tensor]) -> None:
+        self.step, self.loss = step, step(dict(batch))
+
+    def replay(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        now = self.step(dict(batch))
+        assert torch.equal(now, self.loss), "a graph would repeat the loss of its capture"
+        return now
+
+
+def _trainer(tmp_path: Path, rows: int) -> TaskTrainer:
+    """Of a mean of outputs, batches of one row, two of them a step."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (self.weight * input_ids).sum()}
+
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=2, use_cpu=True,
+        num_train_epochs=2, learning_rate=0.0, report_to=[], save_strategy="no",
+    )  # fmt: skip
+    data = [{"input_ids": torch.ones(2)} for _ in range(rows)]
+    return TaskTrainer(model=Model(), args=arguments, train_dataset=data)
+
+
+def test_a_shorter_accumulation_at_the_end_of_an_epoch_is_another_graph(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its loss is divided by fewer batches: 2 + 2 + 1 in each of two epochs."""
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, step, batch: _Replayed(step, batch))
+    trainer = _trainer(tmp_path, rows=5)
+    trainer.graphs = StepGraphs(trainer.model.parameters())
+    trainer.train()
+    assert trainer.graphs.told == {"captured": 1, "replayed": 6, "eager": 4}
+
+
+def test_what_went_on_kernel_by_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, step, batch: _Replayed(step, batch))
+    graphs = StepGraphs(nn.Linear(2, 1).parameters())
+    for width in [1, 1, 1, 1, 2]:
+        graphs(lambda batch: batch["x"].sum(), {"x": torch.ones(width)})
+    assert graphs.told == {"captured": 1, "replayed": 2, "eager": 3}
+
+
+CUDA = torch.device("cuda")  # named, not used
+
+
+def _why_not(architecture: dict, *, checkpointing: bool) -> str:
+    model = AutoModel.from_config(AutoConfig.for_model(**architecture))
+    return why_not(model, CUDA, processes=1, dtype="bf16", checkpointing=checkpointing)
+
+
+def test_dropout_without_a_module_of_its_own_is_seen() -> None:
+    """BART's and Llama's attention drop by a number in a call: it must not be drawn twice."""
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    llama = {"model_type": "llama", **small}
+    assert _why_not(llama, checkpointing=True) == ""
+    assert "drop other values" in _why_not(llama | {"attention_dropout": 0.1}, checkpointing=True)
+    assert _why_not(llama | {"attention_dropout": 0.1}, checkpointing=False) == ""
+
+
+def test_layers_that_are_skipped_by_chance_are_refused() -> None:
+    bart = {"model_type": "bart", "vocab_size": 40, "d_model": 16, "encoder_layers": 1,
+            "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    assert _why_not(bart, checkpointing=False) == ""
+    assert "drop other values" in _why_not(bart, checkpointing=True)
+    skipping = _why_not(bart | {"encoder_layerdrop": 0.1}, checkpointing=False)
+    assert skipping == "layerdrop skips other layers at every step"
 
 
 @pytest.mark.gpu

@@ -151,6 +151,9 @@ def _print_end(
     peak = result.memory.get("measured_peak")
     if peak is not None:
         lines.add_row("memory", f"{console.size(peak)} at the peak", _memory_note(found))
+    if graphs := found.get("graphs"):
+        batches = f"{graphs['replayed']} of {graphs['replayed'] + graphs['eager']} batches"
+        lines.add_row("graphs", f"{batches} from {console.count(graphs['captured'], 'graph')}")
     if "task" in found:
         from loftq.cli.train_task import add_end
 

@@ -12,17 +12,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loftq.integrations.peft import backbone_of, check_lineage
+from loftq.integrations.peft import backbone_of, check_lineage, scaling_of
 from loftq.nn.members import attach_members_, for_members
 from loftq.pipeline.plan import ADAPTER_PREFIX
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 ENSEMBLE = "ensemble.json"
 """In the folder of an ensemble: its members."""
@@ -182,31 +179,18 @@ def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
     config = LoraConfig.from_pretrained(str(folder))
     if config.use_dora or config.bias != "none":
         raise MembersError(f"{folder}: DoRA or trained biases; members are plain LoRA.")
-    found: dict[str, dict[str, Tensor]] = {}
+    settings, found = config.to_dict(), dict[str, dict[str, Tensor]]()
     for key, value in load_file(folder / "adapter_model.safetensors").items():
         path, _, name = key.removeprefix(ADAPTER_PREFIX).rpartition(".")
         if "lora_embedding" in name:
             raise MembersError(f"{folder}: {key} adapts an embedding; members adapt layers.")
         layer, _, factor = path.rpartition(".lora_")
         if factor in ("A", "B"):
-            scale = _scaling(config, layer) if factor == "B" else 1.0
+            scale = scaling_of(settings, layer) if factor == "B" else 1.0
             found.setdefault(layer, {})[factor] = scale * value
         else:
             found.setdefault(path, {})[name] = value
     return found
-
-
-def _scaling(config: LoraConfig, layer: str) -> float:
-    """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = (config.rank_pattern or {}, config.alpha_pattern or {})
-    keys = [get_pattern_key(pattern.keys(), layer) for pattern in patterns]
-    rank, alpha = (
-        pattern.get(key, usual)
-        for pattern, key, usual in zip(patterns, keys, (config.r, config.lora_alpha), strict=True)
-    )
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
 def _places(state: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, str]]:

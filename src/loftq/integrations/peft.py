@@ -8,7 +8,9 @@ such a folder the backbone is looked up where adapter_config.json says that the 
 from __future__ import annotations
 
 import json
+import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,23 @@ PENDING = ".loftq-refine"
 
 class LineageError(ValueError):
     """An adapter on a backbone that it was not made for."""
+
+
+def scaling_of(config: Mapping[str, Any], layer: str) -> float:
+    """s of one layer: alpha / r, or alpha / sqrt(r) for rsLoRA, its own where a pattern names it.
+
+    Args:
+        config: adapter_config.json.
+        layer: path of the module in the model.
+    """
+    from peft.utils.other import get_pattern_key
+
+    found = []
+    for name, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        pattern = config.get(name) or {}
+        found.append(pattern.get(get_pattern_key(pattern.keys(), layer), config[usual]))
+    rank, alpha = found
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def backbone_of(model: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ those first times compile kernels and warm libraries up, as a capture may not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,24 +62,33 @@ class StepGraphs:
         self.captured: dict[Any, _Captured] = {}
         self._seen: Counter[Any] = Counter()
         self._pool: Any = None
+        self._replayed = 0
 
-    def __call__(self, step: Step, batch: Batch) -> Tensor:
+    @property
+    def told(self) -> dict[str, int]:
+        """Batches from graphs and those computed kernel by kernel, for the summary of a run."""
+        eager = self._seen.total() - self._replayed
+        return {"captured": len(self.captured), "replayed": self._replayed, "eager": eager}
+
+    def __call__(self, step: Step, batch: Batch, *, baked: Hashable = None) -> Tensor:
         """Loss of a batch, () on the device; gradients are added.
 
         Args:
-            step: the same computation at every call, decided by the batch's shapes alone.
+            step: the same computation at every call, decided by the batch's shapes and `baked`.
             batch: tensors on the device, by name.
+            baked: numbers of the host that the step reads; others are another graph.
 
         Raises:
             TrainError: the step waits for the host, or takes shapes from values.
         """
         self._place_gradients()
-        key = tuple((name, tuple(t.shape), t.dtype) for name, t in batch.items())
+        key = baked, *((name, tuple(t.shape), t.dtype) for name, t in batch.items())
         self._seen[key] += 1
         if key not in self.captured:
             if self._seen[key] <= EAGER or len(self.captured) == MOST:
                 return step(dict(batch))
             self.captured[key] = self._capture(step, batch)
+        self._replayed += 1
         return self.captured[key].replay(batch)
 
     def _place_gradients(self) -> None:
@@ -157,6 +166,20 @@ def why_not(
         return "gradients of several processes are averaged while the backward runs"
     if dtype == "fp16":
         return "fp16 scales its loss anew at every step"
-    if checkpointing and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+    drops = {name for module in model.modules() for name in _dropped(module)}
+    if layers := sorted(name for name in drops if name.endswith("layerdrop")):
+        return f"{layers[0]} skips other layers at every step"
+    if checkpointing and drops:
         return "what checkpointing computes again would drop other values; checkpointing=false"
     return ""
+
+
+def _dropped(module: nn.Module) -> list[str]:
+    """Names of the probabilities above 0 by which a module drops values or layers.
+
+    A layer of BART or an attention has no module of its own for it, but a number.
+    """
+    if isinstance(module, nn.Dropout):
+        return ["p"] if module.p > 0 else []
+    held = vars(module).items()
+    return [name for name, p in held if "drop" in name and isinstance(p, float) and p > 0]

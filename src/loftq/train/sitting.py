@@ -233,7 +233,9 @@ class Sitting(ABC):
         resume.write_record(self.run.samples, samples)
         memory = {"predicted": dict(self.forecast.parts), "measured_peak": self.meter.peak}
         resume.write_record(self.run.memory, memory)
-        more = self._scored()
+        more = dict(self._scored())
+        if trainer.graphs is not None:
+            more["graphs"] = trainer.graphs.told
         summary = summarize(self.run, trainer.state, planned=self.steps.total)
         self.recorder.write_summary(
             {

@@ -18,6 +18,8 @@ IGNORED = -100
 """Label of a token that is not learnt."""
 TILE = 1024
 """Tokens whose logits are held at once."""
+SAME = 1e-3
+"""Relative difference up to which logits and losses are the same: one product, taken twice."""
 AFTER_THE_HEAD = (
     "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
     "output_multiplier",
@@ -31,14 +33,40 @@ def base_of(model: Any) -> Any:
 
 
 def why_not_tiled(base: Any) -> str:
-    """Why this model's logits are not those of its head on its last hidden states, or ""."""
+    """Why this model's loss is not that of its head on its last hidden states, or "".
+
+    Tried on three tokens: BERT has a layer of its own before the head, and BART's labels stand
+    under the tokens that predict them.
+    """
     config = base.config.get_text_config()
     for name in AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"{name} changes its logits after the head"
     if base.get_output_embeddings() is None:
         return "it has no head"
-    return ""
+    if getattr(config, "output_router_logits", False):
+        return "its loss has a term of its router"
+    return "" if _agree(base) else "its loss is not that of its head on its last hidden states"
+
+
+@torch.no_grad()
+def _agree(base: Any) -> bool:
+    training, dtype, head = base.training, base.dtype, base.get_output_embeddings()
+    ids = torch.tensor([[0, 1, 2]], device=base.device)
+    low = dtype in (torch.bfloat16, torch.float16)
+    base.eval()
+    try:
+        with torch.autocast(base.device.type, dtype, enabled=low):
+            hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            if hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
+                return False
+            own = base(input_ids=ids, labels=ids, use_cache=False)
+            loss = tiled_loss(base, {"input_ids": ids, "labels": ids}) / (ids.numel() - 1)
+            logits, wanted = head(hidden).float(), own.logits.float()
+    finally:
+        base.train(training)
+    same = (logits - wanted).norm() <= SAME * wanted.norm()
+    return bool(same and (loss - own.loss).abs() <= SAME * own.loss)
 
 
 def tiled_loss(base: Any, batch: Mapping[str, Tensor]) -> Tensor:

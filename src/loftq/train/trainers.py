@@ -35,7 +35,10 @@ class Watched:
         if self.graphs is None:
             return step(model, inputs, num_items_in_batch, **kwargs)
         trainer: Any = self
-        batch = dict(trainer._prepare_inputs(inputs))
+        batch, baked = dict(trainer._prepare_inputs(inputs)), None
+        if num_items_in_batch is None or not trainer.model_accepts_loss_kwargs:
+            # The loss is then divided by the batches of the step: fewer at the end of an epoch.
+            baked = trainer.current_gradient_accumulation_steps
         if num_items_in_batch is not None:
             batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=trainer.args.device)
 
@@ -43,7 +46,7 @@ class Watched:
             items = batch.pop(ITEMS, None)
             return step(model, batch, items, **kwargs)
 
-        return self.graphs(computed, batch)
+        return self.graphs(computed, batch, baked=baked)
 
     def compute_loss(
         self,

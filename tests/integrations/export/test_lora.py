@@ -156,6 +156,30 @@ def test_a_fresh_adapter_on_other_layers_is_refused(packed: Packed, tmp_path: Pa
         loftq.export(out, to="lora", output=tmp_path / "lora", adapter=fewer)
 
 
+def test_the_highest_rank_of_any_layer_is_served(packed: Packed, tmp_path: Path) -> None:
+    """vLLM holds no adapter above the rank that it is started with."""
+    out, _ = packed("nf4-g64-dq")
+    trained = exported.train(
+        out, tmp_path / "trained", rank_pattern={"q_proj": 24}, alpha_pattern={"q_proj": 24}
+    )
+    done = loftq.export(out, to="bnb", output=tmp_path / "bnb", adapter=trained)
+    commands = [place.command for place in done.serve if place.engine == "vllm"]
+    assert commands
+    assert all("--max-lora-rank 32" in command for command in commands)
+
+
+@pytest.mark.parametrize(("alpha", "served"), [(24, True), (5, False)])
+def test_layers_that_vllm_would_scale_otherwise_are_said(
+    alpha: int, served: bool, packed: Packed, tmp_path: Path
+) -> None:
+    out, _ = packed("nf4-g64-dq")  # alpha = rank: s = 1
+    patterns = {"rank_pattern": {"q_proj": 24}, "alpha_pattern": {"q_proj": alpha}}
+    trained = exported.train(out, tmp_path / "trained", **patterns)
+    done = loftq.export(out, to="bnb", output=tmp_path / "bnb", adapter=trained)
+    assert any(place.engine == "vllm" for place in done.serve) == served
+    assert any("scales all layers alike" in limit for limit in done.limits) != served
+
+
 @pytest.mark.parametrize(
     ("config", "what"),
     [

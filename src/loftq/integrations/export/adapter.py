@@ -120,6 +120,11 @@ class LoraAdapter:
             digest.update(f"{name} {self.tensors.sha256(name)}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def highest_rank(self) -> int:
+        """The most that any layer has."""
+        return max(self.rank, *(self.config.get("rank_pattern") or {}).values(), 0)
+
     def plain(self, *, patterns: bool = False) -> None:
         """Check that the update of every layer is s B A and nothing else.
 

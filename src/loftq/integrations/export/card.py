@@ -19,10 +19,10 @@ def export_card(
     """The model card, with the hub's front matter as far as the packed model's card has it."""
     source = job.source
     formats = ", ".join(sorted({str(weight.spec) for weight in source.weights}))
-    kind = "trained" if source.trained else "start"
+    kind, rank = "trained" if source.trained else "start", source.adapter.highest_rank
     about = (
         f"{Path(source.model).name} quantized with [loftq]({PAPER}) {__version__} ({formats}) and\n"
-        f"exported as {target}: {summary}.\nThe {kind} adapter has rank {source.adapter.rank}."
+        f"exported as {target}: {summary}.\nThe {kind} adapter has rank {rank}."
     )
     lines = [
         f"---\n{_front(job, target)}---\n# {job.output.name}\n\n{about}\n",

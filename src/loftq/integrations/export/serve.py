@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.export import NAMES, Layout, cannot_read
 from loftq.integrations.engines import too_old
 from loftq.integrations.export.job import ADAPTER, Job
+from loftq.integrations.peft import scaling_of
 from loftq.pipeline.serving import LORA_RANKS, max_lora_rank
 
 AUTO_CLASSES = {
@@ -53,6 +55,8 @@ def adapter_limits(job: Job, rank: int) -> list[str]:
         problems.append("vLLM refuses adapters that hold whole layers (modules_to_save)")
     if lora.config.get("use_dora"):
         problems.append("vLLM refuses DoRA")
+    if not all(isclose(scaling_of(lora.config, module), lora.scaling) for module in lora.pairs):
+        problems.append("vLLM scales all layers alike, and some have an alpha of their own")
     if any(_is_end(module) for module in lora.pairs):
         problems.append("vLLM refuses adapters on embeddings and heads in recent releases")
     return problems
@@ -91,7 +95,7 @@ def packed_commands(
     """Each engine that reads the layout, for a model folder with its adapter inside."""
     base, adapter = str(job.output), str(job.output / ADAPTER)
     flags = f"--dtype {dtype}" if dtype else ""
-    rank = job.source.adapter.rank
+    rank = job.source.adapter.highest_rank
     places = (
         *vllm(job, base=base, adapter=adapter, rank=rank, flags=flags),
         transformers(job, base=base, adapter=adapter, dtype=dtype, unpack=unpack),
@@ -102,11 +106,11 @@ def packed_commands(
 
 def packed_limits(job: Job, layout: Layout) -> list[str]:
     """What holds of every packed export: whose the adapter is, and which engine cannot read it."""
-    lora = job.source.adapter
+    rank = job.source.adapter.highest_rank
     return [
-        f"the adapter (rank {lora.rank}) belongs to this base alone: on another it is noise",
+        f"the adapter (rank {rank}) belongs to this base alone: on another it is noise",
         *(f"not for {NAMES[k]}: {why}" for k, why in unreadable(job, layout).items()),
-        *(adapter_limits(job, lora.rank) if "vllm" in layout.readers else ()),
+        *(adapter_limits(job, rank) if "vllm" in layout.readers else ()),
         *too_old(layout.name),
     ]
 
