@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ def train_steps(
     device: str,
     fused: bool = True,
     graphs: bool = False,
+    on_step: Callable[[], object] | None = None,
 ) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
 
@@ -43,6 +45,7 @@ def train_steps(
         device: of the model.
         fused: with the training layer (loftq.integrations.training).
         graphs: steps captured, as with graphs=true of `loftq train`.
+        on_step: called after each step.
     """
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=fused)
     base = model.get_base_model()
@@ -71,6 +74,8 @@ def train_steps(
         found.losses.append(loss.item())  # waits for the device
         found.seconds.append(time.perf_counter() - start)
         del loss
+        if on_step is not None:
+            on_step()
     return found
 
 

@@ -133,18 +133,23 @@ def _row(
 
 def _profile(model: Any, given: argparse.Namespace, batch: int, path: str, bits: int) -> None:
     """Kernels of two steps by time, and how long the GPU idled."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, schedule
 
     cuda = given.device == "cuda"
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     settings = _settings(model, given, batch)
-    with profile(activities=activities) as found:
-        done = train_steps(model, settings, 2, device=given.device, **PATHS[path])
+    wait = schedule(wait=WARM_UP, warmup=1, active=2, repeat=1)  # a graph is captured before
+    with profile(activities=activities, schedule=wait) as found:
+        done = train_steps(
+            model, settings, WARM_UP + 3, device=given.device, on_step=found.step, **PATHS[path]
+        )
     kernels: dict[str, list[float]] = {}
     for event in found.events():
+        if event.name.startswith("ProfilerStep"):  # the step itself, not a kernel
+            continue
         spent = event.device_time if cuda else event.self_cpu_time_total
         kernels.setdefault(event.name, []).append(spent / 1e3)
-    busy, wall = sum(map(sum, kernels.values())), 1e3 * sum(done.seconds)
+    busy, wall = sum(map(sum, kernels.values())), 1e3 * sum(done.seconds[-2:])
     with given.profile.open("a", encoding="utf-8") as file:
         print(f"\n{bits} bits, {path}: {wall / 2:.1f} ms a step under the profiler, GPU busy "
               f"{busy / 2:.1f} ms, idle {100 * (1 - busy / wall):.1f} %", file=file)  # fmt: skip
