@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loftq.train import tiles
+from loftq.train.errors import TrainError
 
 
 def _model() -> LlamaForCausalLM:
@@ -61,3 +62,10 @@ def test_the_loss_of_a_router_is_named() -> None:
     few = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SMALL, **few))
     assert tiles.why_not_tiled(model) == "its loss has a term of its router"
+
+
+def test_a_loss_that_cannot_be_captured_is_refused_with_the_remedy() -> None:
+    model = _model()
+    model.config.logits_scaling = 8.0
+    with pytest.raises(TrainError, match=r"graphs=true: logits_scaling .* with graphs=false\."):
+        tiles.require_tiled(model)

@@ -21,6 +21,7 @@ from torch import Tensor
 from loftq.integrations.members import PREDICTED
 from loftq.tasks.kinds.batches import IGNORED
 from loftq.tasks.trainer import TaskTrainer
+from loftq.train.errors import TrainError
 
 TRAINED, REFERENCE = "default", "start"
 
@@ -32,7 +33,16 @@ class AnchoredTrainer(TaskTrainer):
     """Weight of the term; the divergence is in nats a prediction."""
 
     def anchor(self, kl: float) -> None:
-        """Keep the adapter as it is now for the reference, and weigh the term by `kl`."""
+        """Keep the adapter as it is now for the reference, and weigh the term by `kl`.
+
+        Raises:
+            TrainError: steps of a loss by token are to be captured.
+        """
+        if self.graphs is not None and self.tiled:
+            raise TrainError(
+                "graphs=true: kl is taken over the tokens that are learnt, and the host waits to "
+                "hear which. Leave one of the two out."
+            )
         self.kl = kl
         self.fused = self.tiled = False  # they give no probabilities of other tokens
         model: Any = self.model

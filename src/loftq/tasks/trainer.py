@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from loftq.train import prepare
 from loftq.train.graphs import StepGraphs
-from loftq.train.tiles import base_of, why_not_tiled
+from loftq.train.tiles import base_of, require_tiled
 from loftq.train.trainers import Watched, one_process
 
 Score = Callable[[], Mapping[str, float]]
@@ -122,8 +122,9 @@ def build(
     trainer.model_accepts_loss_kwargs = by_token and trainer.model_accepts_loss_kwargs
     if trainer.model_accepts_loss_kwargs:
         base = base_of(model)
-        trainer.fused = prepare.add_fused_head(base)
-        trainer.tiled = graphs and not why_not_tiled(base)
+        trainer.fused, trainer.tiled = prepare.add_fused_head(base), graphs
+        if graphs:
+            require_tiled(base)
     if graphs:
         trainer.graphs = StepGraphs(model.parameters())
     return trainer

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, List, Value
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from loftq.train.graphs import WIDTHS, StepGraphs
-from loftq.train.tiles import base_of, why_not_tiled
+from loftq.train.tiles import base_of, require_tiled
 from loftq.train.trainers import Watched, one_process
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def build(
         callbacks=callbacks,
     )
     if graphs:
-        trainer.graphs = StepGraphs(model.parameters())
-        trainer.tiled = not why_not_tiled(base_of(model))
+        require_tiled(base_of(model))
+        trainer.graphs, trainer.tiled = StepGraphs(model.parameters()), True
     return trainer
 
 

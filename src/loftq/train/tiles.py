@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from loftq.train.errors import TrainError
+
 IGNORED = -100
 """Label of a token that is not learnt."""
 TILE = 1024
@@ -47,6 +49,18 @@ def why_not_tiled(base: Any) -> str:
     if getattr(config, "output_router_logits", False):
         return "its loss has a term of its router"
     return "" if _agree(base) else "its loss is not that of its head on its last hidden states"
+
+
+def require_tiled(base: Any) -> None:
+    """Raise unless the loss of this model can be captured.
+
+    Raises:
+        TrainError: with the reason.
+    """
+    if why := why_not_tiled(base):
+        raise TrainError(
+            f"graphs=true: {why}, and its own loss waits for the host. Train it with graphs=false."
+        )
 
 
 @torch.no_grad()
