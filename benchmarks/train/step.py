@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.train.graphs import StepGraphs
+from loftq.train.masks import layers_of
 from loftq.train.memory.predict import DTYPES, TrainingSettings
 from loftq.train.prepare import prepare_for_training
 from loftq.train.tiles import tiled_loss
@@ -58,7 +59,8 @@ def train_steps(
     vocabulary = base.config.vocab_size
     shape = (settings.batch_size, settings.length)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
-    found, captured = Trained(), StepGraphs(adapter) if graphs else None
+    found = Trained()
+    captured = StepGraphs(adapter, layers=layers_of(base)) if graphs else None
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)

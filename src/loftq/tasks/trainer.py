@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from loftq.train import prepare
 from loftq.train.graphs import StepGraphs
+from loftq.train.masks import layers_of
 from loftq.train.tiles import base_of, require_tiled
 from loftq.train.trainers import Watched, one_process
 
@@ -126,5 +127,6 @@ def build(
         if graphs:
             require_tiled(base)
     if graphs:
-        trainer.graphs = StepGraphs(model.parameters())
+        trainer.graphs = StepGraphs(model.parameters(), layers=layers_of(model))
+        trainer.right_padded = tokenizer.padding_side == "right"
     return trainer

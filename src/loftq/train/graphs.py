@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loftq.train.errors import TrainError
+from loftq.train.masks import LayerMasks
 
 EAGER = 2
 """Times that a shape is computed kernel by kernel before it is captured."""
@@ -54,13 +55,17 @@ class StepGraphs:
 
     Args:
         parameters: that take gradients, on one CUDA device.
+        layers: of the model, which are handed masks (`masks.layers_of`).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, layers: Iterable[nn.Module] = ()
+    ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self.captured: dict[Any, _Captured] = {}
         self._seen: Counter[Any] = Counter()
+        self._masks = LayerMasks(layers)
         self._pool: Any = None
         self._replayed = 0
 
@@ -86,8 +91,10 @@ class StepGraphs:
         self._seen[key] += 1
         if key not in self.captured:
             if self._seen[key] <= EAGER or len(self.captured) == MOST:
-                return step(dict(batch))
-            self.captured[key] = self._capture(step, batch)
+                with self._masks.noted(key, batch):
+                    return step(dict(batch))
+            with self._masks.kept(key):
+                self.captured[key] = self._capture(step, batch)
         self._replayed += 1
         return self.captured[key].replay(batch)
 

@@ -8,6 +8,7 @@ from datasets import Dataset, Features, List, Value
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from loftq.train.graphs import WIDTHS, StepGraphs
+from loftq.train.masks import layers_of
 from loftq.train.tiles import base_of, require_tiled
 from loftq.train.trainers import Watched, one_process
 
@@ -76,7 +77,8 @@ def build(
     )
     if graphs:
         require_tiled(base_of(model))
-        trainer.graphs, trainer.tiled = StepGraphs(model.parameters()), True
+        trainer.graphs = StepGraphs(model.parameters(), layers=layers_of(model))
+        trainer.tiled = trainer.right_padded = True
     return trainer
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from loftq.train.graphs import StepGraphs
+from loftq.train.masks import MASK
 from loftq.train.tiles import IGNORED, base_of, tiled_loss
 
 ITEMS = "num_items_in_batch"
@@ -22,6 +23,9 @@ class Watched:
     """Of the steps that are trained; None = kernel by kernel."""
     tiled = False
     """Whether what is trained is a causal language model's loss by tiles (`train.tiles`)."""
+    right_padded = False
+    """Whether padding follows what is learnt, and carries no label: causal attention then needs no
+    mask."""
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
@@ -39,6 +43,8 @@ class Watched:
         if num_items_in_batch is None or not trainer.model_accepts_loss_kwargs:
             # The loss is then divided by the batches of the step: fewer at the end of an epoch.
             baked = trainer.current_gradient_accumulation_steps
+        if self.tiled and self.right_padded:
+            batch.pop(MASK, None)
         if num_items_in_batch is not None:
             batch[ITEMS] = torch.as_tensor(num_items_in_batch, device=trainer.args.device)
 
