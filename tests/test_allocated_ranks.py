@@ -42,7 +42,9 @@ def test_every_layer_gets_a_format_and_a_rank_within_the_bytes_of_the_uniform_ra
     assert all(plan.choice.cost <= rival.cost for rival in plan.choice.rivals)
     record = json.loads((place / "out" / "loftq.json").read_text())
     assert {x["name"]: x["rank"] for x in record["layers"]} == ranks
-    assert inspect_output(place / "out", True, place / "llama").problems == []
+    report = inspect_output(place / "out", True, place / "llama")
+    assert report.problems == []
+    assert report.model["ranks"] == sorted(set(ranks.values()))
 
 
 def test_a_loaded_model_has_the_error_of_its_records(place: Path) -> None:  # noqa: F811

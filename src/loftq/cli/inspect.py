@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,7 +107,7 @@ def _print_totals(out: Console, report: InspectReport) -> None:
     about, sizes = report.model, report.bytes
     lines = console.facts()
     lines.add_row("source", str(about["source"]))
-    lines.add_row("method", f"{about['method']}, rank {about['rank']}, alpha {about['alpha']:g}")
+    lines.add_row("method", f"{about['method']}, {_rank(about)}")
     lines.add_row("bits", f"{report.bits_per_weight:.3f} per quantized weight")
     lines.add_row(
         "error",
@@ -122,6 +123,13 @@ def _print_totals(out: Console, report: InspectReport) -> None:
     lines.add_row("on disk", f"{sizes['disk']:,}", "with headers, tokenizer and records")
     lines.add_row("backbone", str(about["backbone"]))
     out.print(lines)
+
+
+def _rank(about: Mapping[str, Any]) -> str:
+    """Rank and alpha; of layers with ranks of their own what is the same for all."""
+    if len(about["ranks"]) > 1:
+        return f"ranks {', '.join(map(str, about['ranks']))} by layer, scaling {about['scaling']:g}"
+    return f"rank {about['rank']}, alpha {about['alpha']:g}"
 
 
 def _complain(report: InspectReport) -> None:

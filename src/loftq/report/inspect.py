@@ -133,6 +133,7 @@ def _describe(files: OutputFiles, report: InspectReport) -> None:
         "source": record["source"].get("name"),
         "method": config.get("method"),
         "rank": config.get("rank"),
+        "ranks": sorted({layer["rank"] for layer in record["layers"] if layer["rank"]}),
         "alpha": config.get("alpha") or config.get("rank"),
         "scaling": record["scaling"],
         "adapter_required": files.config.get("adapter_required"),
