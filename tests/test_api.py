@@ -165,7 +165,7 @@ def test_a_weight_that_is_not_finite_is_named_and_repairable(source, tmp_path, b
         ({"method": "loftqq"}, "Did you mean loftq"),
         ({"format": "nff4"}, "Did you mean nf4"),
         ({"bits": 5}, "choose 4, 3, 2 or a fraction"),
-        ({"ranks": 4}, "Did you mean rank"),
+        ({"rnk": 4}, "Did you mean rank"),
         ({"skip": ["*.no_such"]}, "no_such"),
         ({"scale_fit": "max"}, "scale_fit='max' does not exist"),
     ],
