@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.checkpoint.durable import ProcessLock, publish, write_partial
-from loftq.checkpoint.header import CheckpointError
+from loftq.checkpoint.durable import publish, write_partial
+from loftq.lab.locks import PATIENCE, Locks
 
-PATIENCE = 0.5  # seconds between looks at what others are doing
 FAILED, SETTINGS = "failed", "settings"
 
 
@@ -40,9 +39,8 @@ class Rows:
     """The rows of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("rows", "locks"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.folder, self.locks = folder, Locks(folder)
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Make the folder that of rows made with these settings.
@@ -64,7 +62,7 @@ class Rows:
 
     def find(self, name: str) -> dict[str, Any] | None:
         """A job's row, None while it is not done."""
-        path = self._path("rows", name)
+        path = self._path(name)
         return json.loads(path.read_text()) if path.exists() else None
 
     def succeeded(self, name: str) -> bool:
@@ -80,26 +78,23 @@ class Rows:
 
     def settle(self, job: Job) -> bool:
         """Do a job unless it is done, or another process is at it; whether it was done here."""
-        try:
-            lock = ProcessLock(self._path("locks", job.name))
-        except CheckpointError:
-            return False
-        try:
-            if self.find(job.name) is not None:
+        with self.locks.free(_file_name(job.name)) as ours:
+            if not ours or self.find(job.name) is not None:
                 return False
             self._put(job.name, _row(job))
             return True
-        finally:
-            lock.release()
 
     def _put(self, name: str, row: dict[str, Any]) -> None:
-        path = self._path("rows", name)
+        path = self._path(name)
         write_partial(path, (json.dumps(row, indent=1) + "\n").encode())
         publish(path)
 
-    def _path(self, kind: str, name: str) -> Path:
-        suffix = ".json" if kind == "rows" else ""
-        return self.folder / kind / (name.replace(":", "_").replace("/", "-") + suffix)
+    def _path(self, name: str) -> Path:
+        return self.folder / "rows" / f"{_file_name(name)}.json"
+
+
+def _file_name(job: str) -> str:
+    return job.replace(":", "_").replace("/", "-")
 
 
 def share(rows: Rows, jobs: Sequence[Job], *, late: Callable[[], bool]) -> None:
