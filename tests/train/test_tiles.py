@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from loftq.train import tiles
 from loftq.train.errors import TrainError
+from loftq.train.padding import IGNORED
 
 
 def _model() -> LlamaForCausalLM:
@@ -18,9 +19,9 @@ def test_loss_and_gradients_are_those_of_the_whole(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tiles, "TILE", 4)
     model = _model()
     ids = torch.randint(0, 31, (3, 7))
-    labels = ids.masked_fill(torch.rand(3, 7) < 0.3, tiles.IGNORED)
+    labels = ids.masked_fill(torch.rand(3, 7) < 0.3, IGNORED)
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    learnt = int(labels[:, 1:].ne(tiles.IGNORED).sum())
+    learnt = int(labels[:, 1:].ne(IGNORED).sum())
     wanted = model(**batch).loss * learnt
     gradients = torch.autograd.grad(wanted, list(model.parameters()))
     found = tiles.tiled_loss(model, batch)

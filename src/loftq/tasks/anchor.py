@@ -19,9 +19,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from loftq.integrations.members import PREDICTED
-from loftq.tasks.kinds.batches import IGNORED
 from loftq.tasks.trainer import TaskTrainer
 from loftq.train.errors import TrainError
+from loftq.train.padding import IGNORED
 
 TRAINED, REFERENCE = "default", "start"
 

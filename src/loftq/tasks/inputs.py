@@ -17,8 +17,8 @@ from loftq.tasks.lengths import reading_length
 from loftq.tasks.sources import TaskData, read_for_training, read_split, some
 from loftq.train.data import DataCounts, HeldOut, Prepared, RenderedExample
 from loftq.train.data.show import rendered
+from loftq.train.padding import IGNORED
 
-IGNORED = -100
 PART = 2000
 """Rows that are encoded at once."""
 

@@ -11,7 +11,6 @@ from loftq.tasks.anchor import AnchoredTrainer
 from loftq.tasks.base import Reading, TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.inputs import TaskInputs
-from loftq.tasks.kinds.batches import IGNORED
 from loftq.tasks.scoring import score_model, write_predictions
 from loftq.tasks.start import Start
 from loftq.tasks.trainer import TaskTrainer, build
@@ -19,6 +18,7 @@ from loftq.train import resume
 from loftq.train.arguments import DTYPES
 from loftq.train.forecast import Forecast, forecast
 from loftq.train.graphs import Collator, Rounded
+from loftq.train.padding import IGNORED
 from loftq.train.peak import PeakMeter
 from loftq.train.sitting import Sitting
 

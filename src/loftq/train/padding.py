@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Label of a position that is not learnt."""
+
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
     """(rows, longest) int64, filled up with `value`."""

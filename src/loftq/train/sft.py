@@ -9,13 +9,12 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from loftq.train.graphs import WIDTHS, StepGraphs
 from loftq.train.masks import layers_of
+from loftq.train.padding import IGNORED
 from loftq.train.tiles import base_of, require_tiled
 from loftq.train.trainers import Watched, one_process
 
 if TYPE_CHECKING:
     from loftq.train.data import Prepared
-
-IGNORED = -100
 
 
 class WatchedSFTTrainer(Watched, SFTTrainer):

@@ -115,6 +115,8 @@ class Sitting(ABC):
         Raises:
             TrainError: with the reason.
         """
+        if not self.config.graphs:
+            return
         place = self.place
         reason = why_not(
             self.model,
@@ -125,7 +127,7 @@ class Sitting(ABC):
         )
         if self.kind == "preference":
             reason = "a loss on preferences waits for the host"
-        if self.config.graphs and reason:
+        if reason:
             raise TrainError(f"graphs=true: {reason}. Leave it out.")
 
     @property

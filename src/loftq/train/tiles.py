@@ -15,9 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from loftq.train.errors import TrainError
+from loftq.train.padding import IGNORED
 
-IGNORED = -100
-"""Label of a token that is not learnt."""
 TILE = 1024
 """Tokens whose logits are held at once."""
 SAME = 1e-3

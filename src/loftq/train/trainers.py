@@ -8,7 +8,8 @@ import torch
 
 from loftq.train.graphs import StepGraphs
 from loftq.train.masks import MASK
-from loftq.train.tiles import IGNORED, base_of, tiled_loss
+from loftq.train.padding import IGNORED
+from loftq.train.tiles import base_of, tiled_loss
 
 ITEMS = "num_items_in_batch"
 """Name of what a step's loss is divided by, among the tensors of a batch."""

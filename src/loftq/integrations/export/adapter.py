@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from loftq.checkpoint import Checkpoint, open_checkpoint
+from loftq.integrations.peft import scaling_of
 from loftq.pipeline.plan import ADAPTER_PREFIX
 
 CONFIG = "adapter_config.json"
@@ -76,14 +76,7 @@ class LoraAdapter:
         if pair is None:
             return None
         A, B = self.read(pair["A"]).float(), self.read(pair["B"]).float()
-        alpha, rank = float(self._alpha(module)), A.shape[0]
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) * (B @ A)
-
-    def _alpha(self, module: str) -> float:
-        """The first pattern, in PEFT's sense, that the path ends in; else that of all layers."""
-        patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
-        found = (a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
-        return next(found, self.config["lora_alpha"])
+        return scaling_of(self.config, module) * (B @ A)
 
     @property
     def pairs(self) -> dict[str, dict[str, str]]:

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from loftq.train.padding import pad
 
-IGNORED = -100
-"""Label of a position that is not learnt."""
-
 
 def pad_inputs(features: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
     """The tokenizer's own columns of some features as one batch, padded on its side.

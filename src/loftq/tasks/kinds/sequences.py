@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loftq.tasks.kinds.batches import IGNORED, in_batches, on_device, pad_inputs, scoring
-from loftq.train.padding import pad
+from loftq.tasks.kinds.batches import in_batches, on_device, pad_inputs, scoring
+from loftq.train.padding import IGNORED, pad
 from loftq.train.samples import answer
 
 
