@@ -72,7 +72,7 @@ def _spread(values, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.reshape(tl.permute(spread, (1, 0, 2, 4, 5, 6, 3, 7)), (16 * WARPS, 64))
 
 
-@triton.jit(do_not_specialize=["apart"])
+@triton.jit(do_not_specialize=["tokens", "apart"])
 def _product(  # type: ignore[no-untyped-def]
     x_ptr, word_ptr, high_ptr, scale_ptr, zero_ptr, nested_ptr, map_ptr, table_ptr, y_ptr,
     rows, tokens, columns, groups, row_bytes, zero_row_bytes, apart,
@@ -103,27 +103,23 @@ def _product(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     at = row * groups
     offset = tl.load(nested_ptr)
-    # Words run two tiles ahead; scales are stored two ahead, decoded one ahead.
-    second = tl.minimum(1, last)
-    word, next_word = tl.load(wp), tl.load(wp + second * STEP)
-    high, next_high = word, next_word
-    if BITS == 3:
-        high, next_high = tl.load(hp), tl.load(hp + second * STEP)
+    # Words are loaded a tile ahead, scales loaded two ahead and decoded one ahead. Nothing may be
+    # carried through an iteration unchanged: Triton would not pipeline the copies of x.
+    word = tl.load(wp)
+    high = tl.load(hp) if BITS == 3 else word
     scale = _scale(tl.load(scale_ptr + at), at, nested_ptr, map_ptr, offset, NESTED)
-    next_code = tl.load(scale_ptr + at + _tile_group(second, groups, GROUP))
+    next_code = tl.load(scale_ptr + at + _tile_group(tl.minimum(1, last), groups, GROUP))
     # x in the order of places, tokens outside as the last one.
     xp = x_ptr + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * columns
     xp = xp + tl.arange(0, 64)[:, None]
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     for tile in tl.range(0, last + 1, num_stages=STAGES):
-        far = tl.minimum(tile + 2, last)
-        far_word = tl.load(wp + far * STEP)
-        far_high = far_word
-        if BITS == 3:
-            far_high = tl.load(hp + far * STEP)
+        near, far = tl.minimum(tile + 1, last), tl.minimum(tile + 2, last)
+        next_word = tl.load(wp + near * STEP)
+        next_high = tl.load(hp + near * STEP) if BITS == 3 else next_word
         far_code = tl.load(scale_ptr + at + _tile_group(far, groups, GROUP))
-        near = at + _tile_group(tl.minimum(tile + 1, last), groups, GROUP)
-        next_scale = _scale(next_code, near, nested_ptr, map_ptr, offset, NESTED)
+        next_at = at + _tile_group(near, groups, GROUP)
+        next_scale = _scale(next_code, next_at, nested_ptr, map_ptr, offset, NESTED)
         x = tl.load(xp)  # (64, TOKENS)
         levels = tl.reshape(_decode(word, high, table, BITS, ASM, TYPE, 2, WARPS, 16), (ROWS, 64))
         if ZEROS:
@@ -133,14 +129,14 @@ def _product(  # type: ignore[no-untyped-def]
         if MULTIPLY == "":
             weight = (levels.to(tl.float32) * _spread(scale, WARPS)).to(TYPE)
         else:
+            spread = _spread(scale.to(TYPE), WARPS).to(tl.int16, bitcast=True)
             weight = tl.inline_asm_elementwise(
-                MULTIPLY, "=r,r,r", [levels, _spread(scale.to(TYPE), WARPS)],
-                dtype=TYPE, is_pure=True, pack=2,
-            )  # fmt: skip
+                MULTIPLY, "=r,r,r", [levels.to(tl.int16, bitcast=True), spread],
+                dtype=tl.int16, is_pure=True, pack=2,
+            ).to(TYPE, bitcast=True)  # fmt: skip
         acc = tl.dot(weight, x, acc)
         xp += 64
-        word, high, scale = next_word, next_high, next_scale
-        next_word, next_high, next_code = far_word, far_high, far_code
+        word, high, scale, next_code = next_word, next_high, next_scale, far_code
     row_out = first_row + tl.arange(0, ROWS)
     place = y_ptr + token.to(tl.int64)[None, :] * rows + row_out[:, None]
     tl.store(place, acc.to(TYPE), (row_out < rows)[:, None] & (token < tokens)[None, :])
