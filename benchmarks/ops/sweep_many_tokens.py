@@ -38,9 +38,10 @@ from loftq.ops.triton.many_tokens import Launch, many_tokens_linear
 Route = Callable[[Tensor, Packed], Tensor]
 
 LAUNCHES = (
-    Launch(), Launch(multiply=True), Launch(tokens=128, stages=4),
-    Launch(tokens=128, stages=4, multiply=True), Launch(warps=8), Launch(warps=8, multiply=True),
-    Launch(warps=8, tokens=128, stages=4, multiply=True), Launch(stages=2, multiply=True),
+    Launch(multiply=True), Launch(), Launch(stages=3, multiply=True),
+    Launch(warps=4, stages=3, multiply=True), Launch(tokens=128, multiply=True),
+    Launch(warps=4, tokens=128, multiply=True), Launch(warps=16, tokens=128, multiply=True),
+    Launch(tokens=128),
 )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def fused(launch: Launch, x: Tensor, packed: Packed) -> Tensor:
 
 def routes(tokens: int, rows: int, launches: int) -> Iterator[tuple[str, Route]]:
     yield "dequantize", dequantize_and_multiply
-    for launch in LAUNCHES[:launches] if tokens <= 2048 else LAUNCHES[1:2]:
+    for launch in LAUNCHES[:launches] if tokens <= 2048 else LAUNCHES[:2]:
         name = f"fused w{launch.warps} t{launch.tokens} s{launch.stages}"
         yield name + (" 16-bit scales" if launch.multiply else ""), partial(fused, launch)
     sizes = [r for r in (1024, 2048, 2816, 4096) if r < rows] if tokens >= 512 else []

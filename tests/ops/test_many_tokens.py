@@ -11,8 +11,8 @@ import torch
 from packed_product import Problem
 
 INTERPRETED = (
-    ("nf4", 33, 256, 70, {}), ("nf3", 17, 320, 9, {"tokens": 64}),
-    ("nf2-f16", 150, 128, 65, {"tokens": 64, "warps": 8}), ("int4", 70, 1152, 2, {"tokens": 64}),
+    ("nf4", 33, 256, 70, {}), ("nf3", 17, 320, 9, {"tokens": 64, "warps": 4}),
+    ("nf2-f16", 150, 128, 65, {"tokens": 64, "warps": 16}), ("int4", 70, 1152, 2, {"tokens": 64}),
     ("int3-g128-bf16", 7, 192, 17, {"tokens": 64}), ("sint2-channel", 5, 64, 1, {"tokens": 64}),
 )  # fmt: skip
 FORMATS = (
@@ -62,11 +62,13 @@ def test_every_format_is_as_exact_as_the_dense_product(name, dtype, poisoned):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("multiply", [False, True])
-@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("warps", [4, 8, 16])
 def test_every_launch_is_as_exact_as_the_dense_product(warps, multiply, poisoned):
     from loftq.ops.triton.many_tokens import Launch, many_tokens_linear
 
     for tokens, rows in ((64, 1), (128, 37), (256, 200)):
+        if warps == 16 and tokens == 256:
+            continue  # its sums fill all registers
         launch = Launch(warps=warps, tokens=tokens, multiply=multiply)
         problem = Problem("nf4", rows, 64, 300, torch.bfloat16, "cuda")
         problem.check(many_tokens_linear(problem.x, *problem.packed, launch=launch))

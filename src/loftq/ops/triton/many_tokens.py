@@ -8,8 +8,8 @@ the tensor cores; beside them the integer units decode. How it works:
   which it takes from registers, so a decoded weight never travels through shared memory. Only x
   does, by asynchronous copies that run ahead.
 - A program owns 16 rows of W for each of its warps and TOKENS tokens, so that a weight is decoded
-  once for up to 256 tokens. Two programs share a multiprocessor: one decodes while the tensor
-  cores work for the other. There is no split of the columns, no atomics, one order of sums.
+  once for up to 256 tokens. Matrix instructions are asynchronous: the next 16 columns are decoded
+  while the tensor cores multiply. There is no split of the columns, no atomics, one order of sums.
 - Columns are summed in the order of places of ops/triton/linear.py: a lane decodes the 16
   neighbouring columns of one load. Here x meets that order in memory, rewritten by a small kernel
   first, since copies move 16 bytes at a time.
@@ -113,12 +113,17 @@ def _product(  # type: ignore[no-untyped-def]
     xp = x_ptr + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * columns
     xp = xp + tl.arange(0, 64)[:, None]
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for tile in tl.range(0, last + 1, num_stages=STAGES):
+    # At least one tile, said so: else ptxas would let each matrix instruction wait for the last.
+    for tile in tl.range(0, tl.maximum(last + 1, 1), num_stages=STAGES):
         near, far = tl.minimum(tile + 1, last), tl.minimum(tile + 2, last)
         next_word = tl.load(wp + near * STEP)
         next_high = tl.load(hp + near * STEP) if BITS == 3 else next_word
-        far_code = tl.load(scale_ptr + at + _tile_group(far, groups, GROUP))
         next_at = at + _tile_group(near, groups, GROUP)
+        if NESTED:
+            far_code = tl.load(scale_ptr + at + _tile_group(far, groups, GROUP))
+        else:
+            far_code = tl.load(scale_ptr + next_at)
+            next_code = far_code
         next_scale = _scale(next_code, next_at, nested_ptr, map_ptr, offset, NESTED)
         x = tl.load(xp)  # (64, TOKENS)
         levels = tl.reshape(_decode(word, high, table, BITS, ASM, TYPE, 2, WARPS, 16), (ROWS, 64))
@@ -146,11 +151,11 @@ def _product(  # type: ignore[no-untyped-def]
 class Launch:
     """Shape of one launch."""
 
-    warps: int = 4
-    """4 or 8: 16 rows of W each."""
+    warps: int = 8
+    """4, 8 or 16: 16 rows of W each. x is read again for every 16 rows of all of them."""
     tokens: int = 256
     """Tokens per program: 64, 128 or 256."""
-    stages: int = 3
+    stages: int = 4
     """Tiles of x in shared memory, 128 bytes a token each."""
     multiply: bool = False
     """Whether scales are rounded to x's dtype and multiply there: fewer instructions, one more
@@ -159,7 +164,7 @@ class Launch:
 
 def choose_launch(tokens: int) -> Launch:
     """The launch for so many tokens."""
-    return Launch(tokens=128, stages=4) if tokens <= 128 else Launch()
+    return Launch(tokens=128) if tokens <= 128 else Launch()
 
 
 def many_tokens_linear(
