@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loftq.ops.dispatch import MOST_TOKENS, many_tokens_kernel, why_no_many_tokens
 from packed_product import Problem
 
 INTERPRETED = (
@@ -42,6 +43,19 @@ def test_the_product_is_as_exact_as_the_dense_one_interpreted():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip().endswith("exact"), done.stderr[-2000:]
+
+
+def test_the_dispatcher_says_why_a_weight_is_dequantized(monkeypatch):
+    monkeypatch.setattr("loftq.ops.dispatch.MOST_TOKENS_FUSED", 512)
+    packed = torch.zeros(2, 32, dtype=torch.uint8, device="meta")
+    x = torch.zeros(70, 64, dtype=torch.bfloat16, device="meta")
+    assert many_tokens_kernel(x, packed, 4, 64) is None
+    assert why_no_many_tokens(x, packed, 4, 64) == "weights are on meta, the kernels need a GPU"
+    assert "torch.float32" in why_no_many_tokens(x.float(), packed, 4, 64)
+    assert "groups of 32" in why_no_many_tokens(x, packed, 4, 32)
+    for tokens in (MOST_TOKENS, 513):
+        given = torch.zeros(tokens, 64, dtype=torch.bfloat16, device="meta")
+        assert f"{tokens} tokens" in why_no_many_tokens(given, packed, 4, 64)
 
 
 @pytest.mark.gpu
