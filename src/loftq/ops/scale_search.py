@@ -1,9 +1,9 @@
 """The scale of a group by its error, in plain PyTorch: the definition of the CPU library's search.
 
-Of the scales s = ratio * widest the first one with the least sum of (u - ratio * nearest(u / ratio))^2
-is taken, with u = x / widest; of an integer grid the pair of scale and zero. A float32 sum depends on its order, and the
-choice between two scales that are nearly as good on its last bit: so the order is a part of the
-definition, one that vectors of 1 to 16 lanes can follow (`squared_error`).
+With u = x / widest, of the scales s = ratio * widest the first one with the least sum of
+(u - ratio * nearest(u / ratio))^2 is taken; of an integer grid the pair of scale and zero. A float32 sum depends on
+its order, and the choice between two scales that are nearly as good on its last bit: so the order
+is a part of the definition, one that vectors of 1 to 16 lanes can follow (`squared_error`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def fit_scales_reference(
 def _nearest(
     unit: Tensor, ratio: float, zero: Tensor | None, levels: Tensor | None, top: int
 ) -> Tensor:
-    """Values nearest to `unit` (rows, columns) in units of the widest scale, under ratio times it."""
+    """Values nearest to `unit`, in units of the widest scale, under a scale of `ratio`."""
     if levels is not None:
         bounds = (levels[1:] + levels[:-1]) / 2 * ratio
         return (levels * ratio)[torch.bucketize(unit, bounds)]

@@ -60,7 +60,8 @@ int32_t loftq_dequantize(const loftq_team* team, const loftq_weight* weight, int
 int32_t loftq_fit(const loftq_team* team, const loftq_grid* grid, const float* x, int64_t groups,
                   float* scales, float* zeros) {
   const Kernels* kernels = kernels_of(team->isa);
-  if (!kernels || grid->columns < 1 || grid->ratio_count * grid->shifts > LOFTQ_TRIALS) return LOFTQ_UNSUPPORTED;
+  if (!kernels || grid->columns < 1) return LOFTQ_UNSUPPORTED;
+  if (grid->ratio_count * grid->shifts > LOFTQ_TRIALS) return LOFTQ_UNSUPPORTED;
   const int64_t columns = grid->columns, cost = columns * (1 + grid->ratio_count);
   return by_rows(*team, groups, cost, [&](int64_t begin, int64_t end) {
     kernels->fit(*grid, x + begin * columns, end - begin, scales + begin, zeros ? zeros + begin : zeros);
