@@ -1,9 +1,10 @@
 """The scale of a group by its error, in plain PyTorch: the definition of the CPU library's search.
 
 With u = x / widest, of the scales s = ratio * widest the first one with the least sum of
-(u - ratio * nearest(u / ratio))^2 is taken; of an integer grid the pair of scale and zero. A float32 sum depends on
-its order, and the choice between two scales that are nearly as good on its last bit: so the order
-is a part of the definition, one that vectors of 1 to 16 lanes can follow (`squared_error`).
+(u - ratio * nearest(u / ratio))^2 is taken; of an integer grid the pair of scale and zero. A sum
+of float32 depends on its order, and the choice between two nearly equal scales on its last bit:
+so the order is a part of the definition, one that vectors of 1 to 16 lanes can follow
+(`squared_error`).
 """
 
 from __future__ import annotations
