@@ -26,6 +26,9 @@ MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
 LARGE_WEIGHT = 1 << 22
 """Weights whose dense copy is fresh memory each time: its first touch costs more than decoding."""
 
+MOST_LEVELS_CPU = 16
+"""Levels of a codebook that the CPU library rounds to."""
+
 LONGEST_ROW = 16384
 """Columns of a row that a norm holds in registers."""
 
@@ -67,8 +70,43 @@ def why_no_search_kernel(x: Tensor) -> str:
     return ""
 
 
-def round_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The Triton rounding of grouped weights where it applies, else None for plain PyTorch."""
+def fit_kernel(
+    x: Tensor, levels: Tensor | None
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The CPU library's scales of groups, widest and searched, where it applies, else None."""
+    if why_no_rounding_on_cpu(x, levels):
+        return None
+    from loftq.ops.cpu.rounding import fit_scales
+
+    return fit_scales
+
+
+def why_no_rounding_on_cpu(x: Tensor, levels: Tensor | None) -> str:
+    """Reason that the CPU library does not round x to `levels` (None: integers); "" if it does."""
+    if x.device.type != "cpu" or x.dtype is not torch.float32:
+        return f"weights are {x.dtype} on {x.device.type}, the library takes float32 on a CPU"
+    if levels is not None and len(levels) > MOST_LEVELS_CPU:
+        return f"a codebook of {len(levels)} levels, the library holds {MOST_LEVELS_CPU}"
+    return why_no_library()
+
+
+def pack_kernel(codes: Tensor) -> Callable[[Tensor, int, int], Tensor] | None:
+    """The CPU library's packing of codes where it applies, else None for plain PyTorch."""
+    if codes.device.type != "cpu" or codes.dtype is not torch.uint8 or why_no_library():
+        return None
+    from loftq.ops.cpu.rounding import pack_codes
+
+    return pack_codes
+
+
+def round_kernel(
+    x: Tensor, levels: Tensor | None = None
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The rounding of grouped weights by the CPU library or Triton, else None (plain PyTorch)."""
+    if not why_no_rounding_on_cpu(x, levels):
+        from loftq.ops.cpu.rounding import round_rows as on_cpu
+
+        return on_cpu
     if why_no_triton(x.device):
         return None
     from loftq.ops.triton.round import round_rows
