@@ -256,7 +256,8 @@ def _projected(parts: Parts, **choices: Any) -> Alternation:
     root, method = parts.metric.input, parts.method
     assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
     return project(
-        parts.target,
+        parts.target if method.rounded == "target" else parts.problem.weights,
+        aim=parts.target,
         root=root.factor,
         quantize_under=parts.rounding,
         solver=parts.solver,
