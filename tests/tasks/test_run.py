@@ -282,6 +282,14 @@ def test_options_that_cannot_be_are_refused_before_any_work(
     assert not (tmp_path / "run" / "base.json").exists()
 
 
+def test_a_model_that_cannot_do_the_task_is_refused_before_it_is_quantized(
+    train: Callable, model_of: Callable, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="transformers has no AutoModelForCausalLM for mpnet"):
+        train(model_of("mpnet"), "gsm8k-loss", tmp_path / "run", cache=tmp_path / "cache")
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_a_baseline_wants_the_original_model(
     train: Callable, model_of: Callable, tmp_path: Path
 ) -> None:

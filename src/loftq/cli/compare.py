@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loftq.lab.compare.store import Row
     from loftq.lab.compare.table import Comparison
 
+FLAGS = ("output", "methods", "tasks", "seeds", "model", "against")
+"""What is easily written as a key and is none."""
 AXES = ("formats", "ranks")
 """Keys that change the matrix; all others are options of `train --task`, for every cell."""
 
@@ -116,7 +118,7 @@ def _changed(recipe: CompareRecipe, axes: dict[str, Any], words: list[str]) -> C
     from loftq.tasks.config import option_types
 
     known = {**option_types(), **dict.fromkeys(AXES, tuple[str, ...] | None)}
-    given = dict(options.collect({}, words, None, known).options)
+    given = dict(options.collect(dict.fromkeys(FLAGS), words, None, known).options)
     ranks = given.pop("ranks", None)
     axes |= {"formats": given.pop("formats", None)}
     try:
