@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loftq.lab.compare.cells import Cell
-    from loftq.lab.compare.planned import PlannedComparison
+    from loftq.lab.compare.planned import PlannedComparison, PlannedLine
     from loftq.lab.compare.recipe import CompareRecipe
     from loftq.lab.compare.store import Row
     from loftq.lab.compare.table import Comparison
@@ -165,13 +165,21 @@ def _print_plan(out: Console, planned: PlannedComparison) -> None:
             str(entry.cells),
             "" if entry.bits_per_weight is None else f"{entry.bits_per_weight:.2f}",
             "" if entry.bytes is None else console.size(entry.bytes.total),
-            "" if entry.training_peak is None else console.size(entry.training_peak),
+            _peak(entry),
         )
     out.print(shown)
     for note in dict.fromkeys(entry.note for entry in planned.lines if entry.note):
-        out.print(f"Where no peak is shown: {note}.", style="dim")
+        over = "over: the model, its gradients and AdamW's moments, without activations"
+        out.print(f"{over}; {note}.", style="dim")
     for problem in planned.problems:
         out.print(f"cannot: {problem}")
+
+
+def _peak(entry: PlannedLine) -> str:
+    """The peak of a line's training, or what it lies above."""
+    if entry.training_peak is not None:
+        return console.size(entry.training_peak)
+    return "" if entry.training_held is None else f"over {console.size(entry.training_held)}"
 
 
 def _run(
