@@ -60,11 +60,14 @@ def train_steps(
     shape = (settings.batch_size, settings.length)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(device)
     found = Trained()
-    captured = StepGraphs(adapter, layers=layers_of(base)) if graphs else None
+    captured = None
+    if graphs:
+        captured = StepGraphs(adapter, layers=layers_of(base), accumulates=False)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # as loftq.train.trainers does
+            loss.backward()
         return loss.detach()
 
     for _ in range(steps):

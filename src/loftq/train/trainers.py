@@ -33,10 +33,16 @@ class Watched:
     ) -> Any:
         """Forward and backward of a batch, from a graph if there is one.
 
-        Its size is remembered for the message of a full memory.
+        Its size is remembered for the message of a full memory. The backward runs in the thread of
+        the forward: each thread that computes has a workspace of cuBLAS of its own, 32 MiB.
         """
         self.batch_shape = tuple(inputs["input_ids"].shape)
-        step = super().training_step  # type: ignore[misc]
+        with torch.autograd.set_multithreading_enabled(False):
+            return self._step(super().training_step, model, inputs, num_items_in_batch, **kwargs)  # type: ignore[misc]
+
+    def _step(
+        self, step: Any, model: Any, inputs: Any, num_items_in_batch: Any, **kwargs: Any
+    ) -> Any:
         if self.graphs is None:
             return step(model, inputs, num_items_in_batch, **kwargs)
         trainer: Any = self

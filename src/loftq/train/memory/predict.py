@@ -24,9 +24,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
                "adamw_torch_8bit": 2}  # fmt: skip
 """Bytes of optimizer state per trained parameter: two moments."""
-WORKSPACES = 2 * (32 << 20)
-"""Of cuBLAS, one for each thread that computes: the forward's and the backward's; bytes on Hopper,
-a quarter of it before."""
+WORKSPACE = 32 << 20
+"""Of cuBLAS, one for each thread that computes, which is one here; bytes on Hopper, a quarter of it
+before."""
 PARTS = (
     "backbone", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "logits",
     "other",
@@ -185,7 +185,7 @@ def _moments(
     kept = subject.blocks * cost.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
-    other = cost.outside + (WORKSPACES if settings.device == "cuda" else 0)
+    other = cost.outside + (WORKSPACE if settings.device == "cuda" else 0)
     head = HeadOfLoss(
         vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
     )
