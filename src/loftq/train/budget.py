@@ -89,6 +89,7 @@ def fit_to(
             dtype=dtype,
             optimizer=chosen.config.optimizer,
             fused=chosen.config.fused,
+            offload=chosen.config.offload,
             device=device,
         ),
     )

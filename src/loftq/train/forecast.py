@@ -105,6 +105,7 @@ def forecast(
         fused=config.fused,
         optimizer=config.optimizer,
         embedding_on_host=config.host_embedding,
+        offload=config.offload,
         padded=False if packing else None,
         device=device,
     )

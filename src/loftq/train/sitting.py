@@ -23,6 +23,7 @@ from loftq.train.errors import TrainError
 from loftq.train.forecast import Forecast
 from loftq.train.graphs import why_not
 from loftq.train.listener import Briefing, Listener
+from loftq.train.offload import why_not_offloaded
 from loftq.train.peak import PeakMeter, capacity
 from loftq.train.place import Place
 from loftq.train.samples import earlier_samples
@@ -91,6 +92,7 @@ class Sitting(ABC):
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
             self._check_graphs()
+            self._check_offload()
             self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
@@ -129,6 +131,20 @@ class Sitting(ABC):
             reason = "a loss on preferences waits for the host"
         if reason:
             raise TrainError(f"graphs=true: {reason}. Leave it out.")
+
+    def _check_offload(self) -> None:
+        """Raise where inputs of blocks were to be kept in host memory and cannot be.
+
+        Raises:
+            TrainError: with the reason.
+        """
+        reason = why_not_offloaded(
+            self.place.device,
+            checkpointing=self.config.checkpointing,
+            graphs=self.config.graphs,
+        )
+        if self.config.offload and reason:
+            raise TrainError(f"offload=true: {reason}. Leave it out.")
 
     @property
     def first_step(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from loftq.train.graphs import StepGraphs
 from loftq.train.masks import MASK
+from loftq.train.offload import HostInputs
 from loftq.train.padding import IGNORED
 from loftq.train.tiles import base_of, tiled_loss
 
@@ -22,6 +24,8 @@ class Watched:
     """Rows and tokens of a row, padding included, of the batch that is being computed."""
     graphs: StepGraphs | None = None
     """Of the steps that are trained; None = kernel by kernel."""
+    offload: HostInputs | None = None
+    """Where checkpointing keeps its inputs; None = on the device."""
     tiled = False
     """Whether what is trained is a causal language model's loss by tiles (`train.tiles`)."""
     right_padded = False
@@ -71,7 +75,8 @@ class Watched:
         """The trainer's own loss, or the same by tiles: nats over the tokens of a step."""
         if not (self.tiled and model.training):
             own = super().compute_loss  # type: ignore[misc]
-            return own(model, inputs, return_outputs, num_items_in_batch)
+            with self.offload or nullcontext():
+                return own(model, inputs, return_outputs, num_items_in_batch)
         trainer: Any = self
         with trainer.accelerator.autocast():
             total = tiled_loss(base_of(trainer.accelerator.unwrap_model(model)), inputs)

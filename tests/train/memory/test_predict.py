@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,17 @@ def test_a_mask_a_longer_row_and_more_rank_take_more() -> None:
     host = TrainingSettings(length=256, embedding_on_host=True)
     on_host = predict(subject, host)
     assert (on_host.embedding, on_host.host) == (0, 2 * 3000 * 128)
+
+
+def test_inputs_in_host_memory_are_not_on_the_device() -> None:
+    subject = subject_of_config(config(num_hidden_layers=24))
+    settings = TrainingSettings(batch_size=2, length=512)
+    here, there = predict(subject, settings), predict(subject, replace(settings, offload=True))
+    one = 2 * 512 * 128 * 2
+    assert (here.host, there.host) == (0, 24 * one)
+    assert there.activations < here.activations
+    assert 0 < here.total - there.total <= 22 * one  # two stay on the device
+    assert "offload=true" in {saving.change for saving in savings(subject, settings, count=99)}
 
 
 def test_savings_are_differences_of_predictions() -> None:

@@ -19,6 +19,7 @@ import torch
 from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
 from loftq.train.memory.probe import BlockCost, Step, block_cost
 from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
+from loftq.train.offload import NEWEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
@@ -55,6 +56,8 @@ class TrainingSettings:
     """chunked (TRL's) or full (all logits at once)."""
     embedding_on_host: bool = False
     """The embedding is in host memory (`loftq.load(..., embedding="host")`)."""
+    offload: bool = False
+    """Inputs of blocks are in host memory between forward and backward (loftq.train.offload)."""
     padded: bool | None = None
     """Whether rows are padded, which takes a mask; None = if there are several."""
     device: str = "cuda"
@@ -102,7 +105,7 @@ class PeakMemory:
     moment: str
     """When the peak is: a key of `_moments`."""
     host: int = 0
-    """Bytes in host memory besides: an embedding that is kept there."""
+    """Bytes in host memory besides: an embedding, inputs of blocks."""
 
     @property
     def total(self) -> int:
@@ -128,6 +131,8 @@ def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
     fixed, host = _fixed(subject, settings)
     cost = cost_of(subject, settings)
     moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
+    if settings.offload:
+        host += subject.blocks * cost.kept
     moment, variable = max(moments.items(), key=lambda item: sum(item[1].values()))
     return PeakMemory(**fixed, **variable, moment=moment, host=host)
 
@@ -182,7 +187,10 @@ def _moments(
     """Gradients, activations, logits and the rest at each moment that can be the peak."""
     gradients = 4 * subject.adapter_parameters
     per_block = gradients // subject.blocks
-    kept = subject.blocks * cost.kept
+    held, last = subject.blocks, 1  # inputs of blocks that are on the device at either end
+    if settings.offload:
+        held = last = min(held, NEWEST)  # the one before is fetched meanwhile
+    kept = held * cost.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
     other = cost.outside + (WORKSPACE if settings.device == "cuda" else 0)
@@ -210,7 +218,7 @@ def _moments(
         "loss": moment(early, kept, before, other + copies),
         "backward of the loss": moment(early, kept, after),
         "last block": moment(rest if early else 0, kept + cost.working),
-        "first block": moment(rest, cost.kept + cost.working),
+        "first block": moment(rest, last * cost.kept + cost.working),
         "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
 
