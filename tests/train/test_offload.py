@@ -1,5 +1,6 @@
 """Inputs of blocks in host memory: the same gradients, less on the device, and who is refused."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from loftq.train.errors import TrainError
 from loftq.train.offload import NEWEST, HostInputs, why_not_offloaded
 from loftq.train.prepare import prepare_for_training
 
+SHORT = {"max_length": 48, "chat_template": "chatml", "sample_tokens": 4, "max_steps": 4}
 BLOCKS, SHAPE = 6, (2, 256, 512)
 CUDA = torch.device("cuda")
 
@@ -118,6 +120,28 @@ def test_a_model_in_the_training_layer_gets_the_same_gradients(
     assert len(host.kept) == zoo.BLOCKS + 1  # and the input of the last norm
     assert found[0]
     torch.testing.assert_close(found[1:], [found[0]] * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["chats", "preferences"])
+def test_a_run_is_the_run_without(
+    kind: str,
+    out: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    data, losses = request.getfixturevalue(kind), {}
+    for kept in (False, True):
+        run = tmp_path / f"run-{kept}"
+        loftq.train(out, data, run, device="cuda", offload=kept, **SHORT)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[kept] = [row["loss"] for row in rows if "loss" in row]
+    assert rows[-1]["summary"]["offload"]["host_bytes"] > 0
+    assert len(losses[True]) == SHORT["max_steps"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
 @pytest.mark.gpu

@@ -76,11 +76,18 @@ class HostInputs(saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
         self._side = _SideStream(device)
         self.kept: list[_Kept] = []
+        self._most = 0
 
     def __enter__(self) -> None:
+        self._most = max(self._most, self.host_bytes)
         self._side.wait_for_all()  # of a forward whose backward was not run to its end
         self.kept.clear()
         super().__enter__()
+
+    @property
+    def told(self) -> dict[str, int]:
+        """Most bytes of a forward in host memory, for the summary of a run."""
+        return {"host_bytes": max(self._most, self.host_bytes)}
 
     @property
     def host_bytes(self) -> int:

@@ -106,7 +106,6 @@ class Session(Sitting):
             max_length=self.inputs.prepared.counts.max_length,
             beta=self.config.beta,
             graphs=self.config.graphs,
-            offload=self.config.offload,
             callbacks=callbacks,
         )
 

@@ -9,7 +9,6 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from loftq.train.graphs import WIDTHS, StepGraphs
 from loftq.train.masks import layers_of
-from loftq.train.offload import HostInputs
 from loftq.train.padding import IGNORED
 from loftq.train.tiles import base_of, require_tiled
 from loftq.train.trainers import Watched, one_process
@@ -44,7 +43,6 @@ def build(
     packing: bool,
     max_length: int,
     graphs: bool,
-    offload: bool,
     callbacks: list[Any],
     **_: Any,
 ) -> WatchedSFTTrainer:
@@ -59,7 +57,6 @@ def build(
         packing: whether the training rows are packed, so that batches are without padding.
         max_length: tokens of the longest row.
         graphs: capture the steps (`train.graphs`).
-        offload: keep inputs of blocks in host memory (`train.offload`).
         callbacks: for the trainer.
     """
     chosen = arguments | {
@@ -85,8 +82,6 @@ def build(
             accumulates=trainer.args.gradient_accumulation_steps > 1,
         )
         trainer.tiled = trainer.right_padded = True
-    if offload:
-        trainer.offload = HostInputs(trainer.args.device)
     return trainer
 
 

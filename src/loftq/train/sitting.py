@@ -23,7 +23,7 @@ from loftq.train.errors import TrainError
 from loftq.train.forecast import Forecast
 from loftq.train.graphs import why_not
 from loftq.train.listener import Briefing, Listener
-from loftq.train.offload import why_not_offloaded
+from loftq.train.offload import HostInputs, why_not_offloaded
 from loftq.train.peak import PeakMeter, capacity
 from loftq.train.place import Place
 from loftq.train.samples import earlier_samples
@@ -96,6 +96,8 @@ class Sitting(ABC):
             self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
+            if self.config.offload:
+                trainer.offload = HostInputs(self.place.device)
             if self.place.is_main:
                 self._brief()
             self._train(trainer)
@@ -254,6 +256,8 @@ class Sitting(ABC):
         more = dict(self._scored())
         if trainer.graphs is not None:
             more["graphs"] = trainer.graphs.told
+        if trainer.offload is not None:
+            more["offload"] = trainer.offload.told
         summary = summarize(self.run, trainer.state, planned=self.steps.total)
         self.recorder.write_summary(
             {
