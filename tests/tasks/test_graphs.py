@@ -17,6 +17,7 @@ from loftq.tasks import train_task
 from loftq.tasks.trainer import TaskTrainer
 from loftq.train.errors import TrainError
 from loftq.train.graphs import EAGER, Rounded, StepGraphs, why_not
+from tolerances import FLOAT32_SOLVE
 
 RUN = {
     "max_steps": 12, "eval_steps": 12, "batch_size": 4, "gradient_accumulation": 2, "samples": 0,
@@ -214,7 +215,7 @@ def test_a_graph_makes_gradients_and_later_ones_add_to_them() -> None:
         torch.testing.assert_close(graphs(step, batch), wanted_loss)
         for parameter, gradient in zip(layers.parameters(), wanted, strict=True):
             if gradient is not None:
-                torch.testing.assert_close(parameter.grad, gradient)
+                assert (parameter.grad - gradient).norm() <= FLOAT32_SOLVE * gradient.norm()
             else:
                 assert parameter.grad is None or not parameter.grad.any()
     assert graphs.told == {"captured": 2, "replayed": 5, "eager": 4}

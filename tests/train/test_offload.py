@@ -16,6 +16,7 @@ from loftq.train import offload
 from loftq.train.errors import TrainError
 from loftq.train.offload import NEWEST, HostInputs, why_not_offloaded
 from loftq.train.prepare import prepare_for_training
+from tolerances import FLOAT32_SOLVE
 
 SHORT = {"max_length": 48, "chat_template": "chatml", "sample_tokens": 4, "max_steps": 4}
 BLOCKS, SHAPE = 6, (2, 256, 512)
@@ -119,7 +120,9 @@ def test_a_model_in_the_training_layer_gets_the_same_gradients(
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(host.kept) == zoo.BLOCKS + 1  # and the input of the last norm
     assert found[0]
-    torch.testing.assert_close(found[1:], [found[0]] * 2)
+    for again in found[1:]:
+        for gradient, wanted in zip(again, found[0], strict=True):
+            assert (gradient - wanted).norm() <= FLOAT32_SOLVE * wanted.norm()
 
 
 @pytest.mark.gpu
