@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.train.graphs import StepGraphs
+from loftq.train.keep import keep_blocks
 from loftq.train.masks import layers_of
 from loftq.train.memory.predict import DTYPES, TrainingSettings
 from loftq.train.offload import HostInputs
@@ -52,6 +53,7 @@ def train_steps(
     graphs: bool = False,
     offload: bool = False,
     optimizer: str = "adamw_torch_fused",
+    keep: int = 0,
     on_step: Callable[[], object] | None = None,
 ) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
@@ -65,12 +67,15 @@ def train_steps(
         graphs: steps captured, as with graphs=true of `loftq train`.
         offload: inputs of blocks in host memory, as with offload=true.
         optimizer: a key of OPTIMIZERS.
+        keep: the last blocks, which are not checkpointed, as with keep_blocks.
         on_step: called after each step.
     """
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=fused)
     base = model.get_base_model()
     if settings.checkpointing and graphs:
         base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if keep:
+        keep_blocks(base, keep)
     chunked = settings.loss == "chunked"
     adapter = [p for p in model.parameters() if p.requires_grad]
     stepped = OPTIMIZERS[optimizer](adapter)

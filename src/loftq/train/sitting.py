@@ -178,6 +178,7 @@ class Sitting(ABC):
         from transformers import EarlyStoppingCallback
 
         from loftq.train.callbacks import LastStep, Recorder
+        from loftq.train.keep import KeptBlocks
 
         before = 0.0
         if self.place.is_main:
@@ -193,6 +194,8 @@ class Sitting(ABC):
             scores=scores,
         )
         callbacks: list[Any] = [self.recorder, LastStep()]
+        if self.config.keep_blocks:
+            callbacks.append(KeptBlocks(self.config.keep_blocks))
         if self.config.early_stop is not None:
             callbacks.append(EarlyStoppingCallback(self.config.early_stop))
         return callbacks

@@ -12,6 +12,7 @@ import transformers as hf
 
 import loftq
 import zoo
+from loftq.train.keep import keep_blocks
 from loftq.train.memory import (
     PARTS,
     TrainingSettings,
@@ -53,6 +54,7 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=settings.fused)
+    keep_blocks(model, settings.keep_blocks)
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapter, fused=True)
@@ -90,6 +92,8 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
         {"length": 512, "dtype": "bf16"},
         {"length": 512, "dtype": "bf16", "fused": False},
         {"length": 512, "dtype": "fp32", "checkpointing": False},
+        {"length": 512, "dtype": "bf16", "keep_blocks": 3},
+        {"length": 512, "dtype": "bf16", "keep_blocks": 5},
     ],
 )
 def test_the_prediction_is_within_5_percent_of_a_real_step(

@@ -11,7 +11,7 @@ without what the heap of the C library holds on to.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -48,6 +48,8 @@ class TrainingSettings:
     """Of weights outside of the packed layers and of activations: bf16, fp16, fp32."""
     checkpointing: bool = True
     """Keep the inputs of each block only."""
+    keep_blocks: int = 0
+    """The last blocks, of which everything is kept all the same."""
     optimizer: str = "adamw_torch_fused"
     """A key of STATE_BYTES."""
     fused: bool = True
@@ -76,6 +78,10 @@ class TrainingSettings:
         for name in ("batch_size", "length", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.keep_blocks and (self.offload or not self.checkpointing):
+            raise ValueError(
+                f"keep_blocks={self.keep_blocks}: only with checkpointing, and not with offload."
+            )
 
     @property
     def tokens(self) -> int:
@@ -158,6 +164,11 @@ def cost_of(subject: Subject, settings: TrainingSettings) -> BlockCost:
     return _cached_cost(_Key(subject), step)
 
 
+def _whole_cost(subject: Subject, settings: TrainingSettings) -> BlockCost:
+    """Of a block that keeps everything."""
+    return cost_of(subject, replace(settings, checkpointing=False, keep_blocks=0))
+
+
 def _fixed(subject: Subject, settings: TrainingSettings) -> tuple[dict[str, int], int]:
     """Bytes of weights and optimizer by part, and those in host memory."""
     trained = subject.adapter_parameters
@@ -190,7 +201,9 @@ def _moments(
     held, last = subject.blocks, 1  # inputs of blocks that are on the device at either end
     if settings.offload:
         held = last = min(held, NEWEST)  # the one before is fetched meanwhile
-    kept = held * cost.kept
+    whole = _whole_cost(subject, settings) if settings.keep_blocks else cost
+    more = min(settings.keep_blocks, subject.blocks)
+    kept = (held - more) * cost.kept + more * whole.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
     other = cost.outside + (WORKSPACE if settings.device == "cuda" else 0)
@@ -217,7 +230,10 @@ def _moments(
     return {
         "loss": moment(early, kept, before, other + copies),
         "backward of the loss": moment(early, kept, after),
-        "last block": moment(rest if early else 0, kept + cost.working),
+        "last block": moment(rest if early else 0, kept + whole.working),
+        "last block that is computed again": moment(
+            rest if early else more * per_block, (held - more) * cost.kept + cost.working
+        ),
         "first block": moment(rest, last * cost.kept + cost.working),
         "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
