@@ -121,9 +121,13 @@ more_tokens(const __grid_constant__ Arguments s) {
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
+    __syncthreads();
+    u32 before = leaving(s);
     for (int at = g * 64; at < s.rank; at += 256) {
         float more[SLAB / 16][BLOCKS][4] = {};
-        add_adapter(more, s, p, slab, at);
+        Rows b;
+        b.load(s, p, slab, at);
+        add_adapter(more, b, s, p, at);
         put<true>(all, more, s, p, slab, g);
     }
 #endif
@@ -137,4 +141,7 @@ more_tokens(const __grid_constant__ Arguments s) {
         s.y[static_cast<u64>(token) * s.rows + w.before + row] =
             static_cast<u16>(pair(total, 0.0f));
     }
+#if RANKED
+    leave(s, before);
+#endif
 }
