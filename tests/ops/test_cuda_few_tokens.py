@@ -1,6 +1,7 @@
 """The few-token product in CUDA C++: its source on the CPU, its code on a GPU."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ CASES = (
     ("nf3", (40,), 512, 64, MoreTokens(slabs=1, tokens=64)),
     ("snf3-bf16", (1,), 256, 1, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
+    ("nf4", (40, 9), 512, 16, MoreTokens(slabs=1, tokens=16)),
 )  # fmt: skip
 
 
@@ -70,6 +72,21 @@ def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch
     for adapter in (None, torch.float32 if number % 3 else dtype):
         y = few_tokens(made[0].x, members(made, adapter), launch=launch, overlap=False)
         check(y, made, adapter is not None)
+
+
+def test_adapters_added_up_early_give_the_same_bits(compiler, monkeypatch):
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    monkeypatch.setattr(module, "kernel", compiler)
+    made = problems("nf4", (50, 20), 768, 3, torch.bfloat16, "cpu", rank=72)
+    given = members(made, torch.bfloat16)
+    launch = FewTokens(warps=2, slab=16, ahead=1)
+    early, late = (
+        few_tokens(made[0].x, given, launch=shape, overlap=False)
+        for shape in (launch, replace(launch, early=False))
+    )
+    check(early, made, True)
+    assert torch.equal(early, late)
 
 
 def test_stacked_adapters_are_each_for_their_own_tokens(compiler, monkeypatch):

@@ -135,7 +135,7 @@ class FewTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MoreTokens:
-    """more_tokens.cu: 17 to 64 tokens, x read once by a block."""
+    """more_tokens.cu: up to 64 tokens, x read once by a block."""
 
     slabs: int
     """Of a block, four warps for each."""
