@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +19,8 @@ MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
 MOST_TOKENS_FUSED = MOST_TOKENS
 """Tokens that the fused product (ops/triton/many_tokens.py) takes: no more, it was not timed."""
-MOST_TOKENS_CUDA = 8
-"""Tokens that it takes in CUDA C++, which holds 64 too: more were not timed yet."""
+CUDA_TOKENS = (range(1, 9), range(17, MOST_TOKENS + 1))
+"""Tokens that it takes in CUDA C++, where that was measured ahead of Triton (docs/kernels.md)."""
 MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
 """The same on a CPU (benchmarks/results/cpu.md), and for weights of at least LARGE_WEIGHT."""
 LARGE_WEIGHT = 1 << 22
@@ -271,18 +271,21 @@ def _why_not_these_bytes(packed: Tensor, columns: int, bits: int, group_size: in
 def why_no_cuda_product(x: Tensor, members: Sequence[Any]) -> str:
     """Reason that the few-token product of `members` (few_tokens.Member) is Triton's; "" if it is
     CUDA C++'s (ops/cuda)."""
-    if why := why_no_cuda(x.device):
+    taken = next((tokens for tokens in CUDA_TOKENS if x.shape[0] in tokens), None)
+    if why := why_no_cuda(x.device, taken[0] if taken else 1):
         return why
-    if x.shape[0] > MOST_TOKENS_CUDA:
-        return f"{x.shape[0]} tokens: above {MOST_TOKENS_CUDA} it was not timed yet"
+    if taken is None:
+        ranges = " and ".join(f"{tokens[0]} to {tokens[-1]}" for tokens in CUDA_TOKENS)
+        return f"{x.shape[0]} tokens: CUDA C++ is ahead at {ranges}"
     from loftq.ops.cuda.few_tokens import why_not
 
     return why_not(x, members)
 
 
 @lru_cache
-def why_no_cuda(device: torch.device) -> str:
-    """Reason that a device runs no CUDA C++; "" if a trial worked. Compiles it to find out."""
+def why_no_cuda(device: torch.device, tokens: int = 1) -> str:
+    """Reason that a device runs no CUDA C++ for so many tokens; "" if a trial of the source that
+    takes them worked. Compiles it to find out."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type} is no NVIDIA GPU"
     if os.environ.get("LOFTQ_CUDA") == "none":
@@ -291,7 +294,7 @@ def why_no_cuda(device: torch.device) -> str:
         return "its plan of shared memory needs compute capability 9.0"
     from loftq.ops.cuda.probe import product_is_right
 
-    return _trial(product_is_right, device)
+    return _trial(partial(product_is_right, tokens=tokens), device)
 
 
 def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:

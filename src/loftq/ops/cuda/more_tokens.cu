@@ -15,16 +15,47 @@ constexpr int SLABS = WARPS / 4;
 constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
 constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
 
-// The next tile of x, by the warps that ask for no weights.
-__device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p, int tile) {
-    constexpr int HELPERS = (WARPS - SLABS) * 32;
-    int helper = (p.warp - p.warp / 4 - 1) * 32 + p.lane;
-    for (int i = helper; i < s.tokens * 32; i += HELPERS) {
-        int token = i / 32, at = i % 32 * 16;
-        u64 from = (static_cast<u64>(token) * s.layout.columns + tile * 256) * 2 + at;
-        copy_async<16>(to + token * PITCH + at, reinterpret_cast<const u8 *>(s.x) + from);
+// What a lane asks for in every tile is worked out once: a tile has few instructions to spare.
+
+struct Tokens {  // of x: a row of 512 bytes for each turn of a warp
+    const u8 *from;
+    u32 to;
+    __device__ __forceinline__ Tokens(const Arguments &s, const Place &p)
+        : from(row(s, p.warp) + p.lane * 16), to(p.warp * PITCH + p.lane * 16) {}
+    static __device__ __forceinline__ const u8 *row(const Arguments &s, int token) {
+        return reinterpret_cast<const u8 *>(s.x) + static_cast<u64>(token) * s.layout.columns * 2;
     }
-}
+    __device__ __forceinline__ void ask(
+        u32 stage, const Arguments &s, const Place &p, int tile) const {
+#pragma unroll
+        for (int turn = 0; turn < (TOKENS + WARPS - 1) / WARPS; turn++)
+            if (p.warp + turn * WARPS < s.tokens)
+                copy_async<16>(
+                    stage + to + turn * (WARPS * PITCH),
+                    from + static_cast<u64>(turn * WARPS) * s.layout.columns * 2 + tile * 512);
+    }
+};
+
+template <int BYTES> struct Quarter {  // warp g's of a plane of BYTES bytes a row in a slab
+    static constexpr int PIECES = BYTES / 16, COPIES = SLAB * PIECES / 32, TURNS = (COPIES + 3) / 4;
+    const u8 *from[TURNS];
+    u32 to[TURNS];
+    __device__ __forceinline__ Quarter(
+        const u8 *plane, const Arguments &s, const Place &p, int slab, int g) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            int row = ((turn * 4 + g) * 32 + p.lane) / PIECES, at = p.lane % PIECES * 16;
+            from[turn] = plane + static_cast<u64>(p.row(slab, row)) * s.layout.row_bytes + at;
+            to[turn] = placed<BYTES>(row, at);
+        }
+    }
+    __device__ __forceinline__ void ask(u32 stage, int g, int tile) const {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++)
+            if (COPIES % 4 == 0 || turn * 4 + g < COPIES)
+                copy_async<16>(stage + to[turn], from[turn] + tile * BYTES);
+    }
+};
 
 __device__ __forceinline__ void compute(
     float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p,
@@ -39,11 +70,11 @@ __device__ __forceinline__ void compute(
         for (int i = 0; i < 2; i++)
             scale[r][i] = scale_of(stage, s.map_copies, 2 * r + i, g, offset, p.lane);
     }
+    u32 from = x_stage + p.lane / 4 * PITCH + g * 128 + p.lane % 4 * 32;
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) {
         uint4 x[2];
-        int token = min(n * 8 + p.lane / 4, s.tokens - 1);  // the others' sums are not looked at
-        columns_of(x, x_stage + token * PITCH + g * 128 + p.lane % 4 * 32);
+        columns_of(x, from + n * 8 * PITCH);  // what is no token's goes into sums of its own
 #pragma unroll
         for (int r = 0; r < SLAB / 16; r++) {
             float part[4] = {};
@@ -79,14 +110,22 @@ more_tokens(const __grid_constant__ Arguments s) {
     const Place p = place_of(s);
     const Weight w = *p.w;
     int slab = p.warp / 4, g = p.warp % 4;
+    const Tokens tokens(s, p);
+    const Quarter<PLANE> codes(w.packed, s, p, slab, g);
+#if BITS == 3
+    const Quarter<HIGH> high(w.packed + s.layout.columns / 4, s, p, slab, g);
+#endif
     auto ask_weights = [&](int tile) {
         u32 to = s.ring + tile % 2 * ALL + X_STAGE + slab * STAGE;
-        if (g == 0 && slab < p.slabs && tile < p.tiles)
-            ask(to, w.packed, w.scale, w.nested, s.layout, tile, p.lane,
-                [&](int r) { return p.row(slab, r); });
+        if (slab >= p.slabs || tile >= p.tiles) return;
+        codes.ask(to, g, tile);
+#if BITS == 3
+        high.ask(to + SLAB * PLANE, g, tile);
+#endif
+        if (g == 3) ask_scales(to, w.scale, w.nested, s.layout, tile, p.lane, p.row(slab, p.lane));
     };
     auto ask_tokens = [&](int tile) {
-        if (g != 0 && tile < p.tiles) ask_x(s.ring + tile % 2 * ALL, s, p, tile);
+        if (tile < p.tiles) tokens.ask(s.ring + tile % 2 * ALL, s, p, tile);
     };
     ask_weights(0);
 #if RANKED
@@ -121,9 +160,13 @@ more_tokens(const __grid_constant__ Arguments s) {
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
+    __syncthreads();
+    u32 before = leaving(s);
     for (int at = g * 64; at < s.rank; at += 256) {
         float more[SLAB / 16][BLOCKS][4] = {};
-        add_adapter(more, s, p, slab, at);
+        Rows b;
+        b.load(s, p, slab, at);
+        add_adapter(more, b, s, p, at);
         put<true>(all, more, s, p, slab, g);
     }
 #endif
@@ -137,4 +180,7 @@ more_tokens(const __grid_constant__ Arguments s) {
         s.y[static_cast<u64>(token) * s.rows + w.before + row] =
             static_cast<u16>(pair(total, 0.0f));
     }
+#if RANKED
+    leave(s, before);
+#endif
 }

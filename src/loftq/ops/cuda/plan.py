@@ -111,6 +111,8 @@ class FewTokens:
     """The most: 8 or 16."""
     resident: int = 1
     """Blocks that share a multiprocessor: with 2, the next launch fetches while this one ends."""
+    early: bool = True
+    """Whether s A x^T is added up while tiles are on their way, not at the end (adapters.cuh)."""
 
     source = "few_tokens"
 
@@ -118,7 +120,7 @@ class FewTokens:
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
             ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
-            ("AHEAD", self.ahead), ("RESIDENT", self.resident),
+            ("AHEAD", self.ahead), ("RESIDENT", self.resident), ("EARLY", int(self.early)),
         )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
@@ -133,7 +135,7 @@ class FewTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MoreTokens:
-    """more_tokens.cu: 17 to 64 tokens, x read once by a block."""
+    """more_tokens.cu: up to 64 tokens, x read once by a block."""
 
     slabs: int
     """Of a block, four warps for each."""
