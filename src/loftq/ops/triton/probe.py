@@ -40,7 +40,7 @@ def many_tokens_are_right(device: torch.device) -> bool:
     x = torch.randn(200, 192, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     for bits in (4, 3, 2):
         packed, scale, zero, nested, *layout = _random_packed(160, 192, bits, device)
-        weight = dequantize(packed, scale, zero, nested, 192, *layout, x.dtype)
+        weight = dequantize(packed, scale, zero, nested, 192, *layout, dtype=x.dtype)
         found = many_tokens_linear(x, packed, scale, zero, nested, *layout)
         if not torch.allclose(found, x @ weight.T, rtol=0.05, atol=0.1):
             return False
