@@ -41,7 +41,7 @@ def many_tokens_are_right(device: torch.device) -> bool:
     for bits in (4, 3, 2):
         arguments = _random_packed(160, 192, bits, device)
         tensors, layout = arguments[:4], arguments[4:]
-        weight = dequantize(*tensors, 192, *layout, x.dtype)
+        weight = dequantize(*(*tensors, 192, *layout, x.dtype))
         found = many_tokens_linear(x, *tensors, *layout)
         if not torch.allclose(found, x @ weight.T, rtol=0.05, atol=0.1):
             return False
