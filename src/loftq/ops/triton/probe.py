@@ -39,9 +39,10 @@ def many_tokens_are_right(device: torch.device) -> bool:
     """Whether the fused product of 200 tokens gives the dense one's values for 4, 3 and 2 bits."""
     x = torch.randn(200, 192, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     for bits in (4, 3, 2):
-        packed, scale, zero, nested, *layout = _random_packed(160, 192, bits, device)
-        weight = dequantize(packed, scale, zero, nested, 192, *layout, x.dtype)
-        found = many_tokens_linear(x, packed, scale, zero, nested, *layout)
+        arguments = _random_packed(160, 192, bits, device)
+        tensors, layout = arguments[:4], arguments[4:]
+        weight = dequantize(*(*tensors, 192, *layout, x.dtype))
+        found = many_tokens_linear(x, *tensors, *layout)
         if not torch.allclose(found, x @ weight.T, rtol=0.05, atol=0.1):
             return False
     return True
