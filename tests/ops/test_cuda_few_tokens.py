@@ -29,6 +29,7 @@ CASES = (
     ("snf3-bf16", (1,), 256, 1, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
     ("nf4", (40, 9), 512, 16, MoreTokens(slabs=1, tokens=16)),
+    ("nf4", (40, 9), 768, 20, MoreTokens(slabs=1, slab=16, tokens=32, span=2)),
 )  # fmt: skip
 
 

@@ -5,13 +5,14 @@
 // - a block of SLABS slabs goes through the columns in step: a tile of 256 columns of x and the
 //   block's weights is in shared memory while the next one is on its way;
 // - warp (slab, g) has columns 64 g .. 64 g + 63 of every tile, decodes them once for all tokens,
-//   and the four sums of a slab are added up at the end, in one order.
+//   and the sums of a slab are added up at the end, in one order;
+// - with few rows SPAN tiles are taken at once, each by warps of its own.
 //
-// Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS).
+// Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS SPAN), SPAN.
 
 #include "adapters.cuh"
 
-constexpr int SLABS = WARPS / 4;
+constexpr int TEAM = WARPS / SPAN, SLABS = TEAM / 4;  // warps of a tile
 constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
 constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
 
@@ -21,18 +22,18 @@ struct Tokens {  // of x: a row of 512 bytes for each turn of a warp
     const u8 *from;
     u32 to;
     __device__ __forceinline__ Tokens(const Arguments &s, const Place &p)
-        : from(row(s, p.warp) + p.lane * 16), to(p.warp * PITCH + p.lane * 16) {}
+        : from(row(s, p.warp % TEAM) + p.lane * 16), to(p.warp % TEAM * PITCH + p.lane * 16) {}
     static __device__ __forceinline__ const u8 *row(const Arguments &s, int token) {
         return reinterpret_cast<const u8 *>(s.x) + static_cast<u64>(token) * s.layout.columns * 2;
     }
     __device__ __forceinline__ void ask(
         u32 stage, const Arguments &s, const Place &p, int tile) const {
 #pragma unroll
-        for (int turn = 0; turn < (TOKENS + WARPS - 1) / WARPS; turn++)
-            if (p.warp + turn * WARPS < s.tokens)
+        for (int turn = 0; turn < (TOKENS + TEAM - 1) / TEAM; turn++)
+            if (p.warp % TEAM + turn * TEAM < s.tokens)
                 copy_async<16>(
-                    stage + to + turn * (WARPS * PITCH),
-                    from + static_cast<u64>(turn * WARPS) * s.layout.columns * 2 + tile * 512);
+                    stage + to + turn * (TEAM * PITCH),
+                    from + static_cast<u64>(turn * TEAM) * s.layout.columns * 2 + tile * 512);
     }
 };
 
@@ -85,7 +86,7 @@ __device__ __forceinline__ void compute(
     }
 }
 
-// Sums of warp (slab, g) into shared memory, or added to what it put there, (4, tokens, share).
+// Sums of warp (slab, g) into shared memory, or added to what it put there, (4 SPAN, tokens, share).
 template <bool ADD> __device__ __forceinline__ void put(
     float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p,
     int slab, int g) {
@@ -109,14 +110,15 @@ more_tokens(const __grid_constant__ Arguments s) {
     if (address_of(memory) != BASE) __trap();
     const Place p = place_of(s);
     const Weight w = *p.w;
-    int slab = p.warp / 4, g = p.warp % 4;
+    int slab = p.warp % TEAM / 4, g = p.warp % 4, team = p.warp / TEAM;
+    auto stage_of = [&](int tile) { return s.ring + tile % (2 * SPAN) * ALL; };
     const Tokens tokens(s, p);
     const Quarter<PLANE> codes(w.packed, s, p, slab, g);
 #if BITS == 3
     const Quarter<HIGH> high(w.packed + s.layout.columns / 4, s, p, slab, g);
 #endif
     auto ask_weights = [&](int tile) {
-        u32 to = s.ring + tile % 2 * ALL + X_STAGE + slab * STAGE;
+        u32 to = stage_of(tile) + X_STAGE + slab * STAGE;
         if (slab >= p.slabs || tile >= p.tiles) return;
         codes.ask(to, g, tile);
 #if BITS == 3
@@ -125,9 +127,9 @@ more_tokens(const __grid_constant__ Arguments s) {
         if (g == 3) ask_scales(to, w.scale, w.nested, s.layout, tile, p.lane, p.row(slab, p.lane));
     };
     auto ask_tokens = [&](int tile) {
-        if (tile < p.tiles) tokens.ask(s.ring + tile % 2 * ALL, s, p, tile);
+        if (tile < p.tiles) tokens.ask(stage_of(tile), s, p, tile);
     };
-    ask_weights(0);
+    ask_weights(team);
 #if RANKED
     const OwnUnits units(s, p);
     prefetch_b(s, p);
@@ -136,7 +138,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     fill_map(s.map_copies, s.map, THREADS);
     float offset = SCALE == 0 ? *reinterpret_cast<const float *>(w.nested) : 0.0f;
     wait_for_producer();
-    ask_tokens(0);
+    ask_tokens(team);
     commit_copies();
 #if RANKED
     if (units.count) compute_units(s, units.first, units.step, p.lane);
@@ -144,30 +146,31 @@ more_tokens(const __grid_constant__ Arguments s) {
 #endif
     float sums[SLAB / 16][BLOCKS][4] = {};
     u32 bank = bank_of(p.lane);
-    for (int tile = 0; tile < p.tiles; tile++) {
+    for (int first = 0; first < p.tiles; first += SPAN) {
+        int tile = first + team;
         wait_copies<0>();
         __syncthreads();  // this tile is there, and nobody reads the one before
-        ask_weights(tile + 1);
-        ask_tokens(tile + 1);
+        ask_weights(tile + SPAN);
+        ask_tokens(tile + SPAN);
         commit_copies();
-        u32 stage = s.ring + tile % 2 * ALL;
-        if (slab < p.slabs)
+        u32 stage = stage_of(tile);
+        if (slab < p.slabs && tile < p.tiles)
             compute(sums, stage, stage + X_STAGE + slab * STAGE, s, p, g, offset, bank);
     }
     __syncthreads();
     float *all = FLOATS(s.sums);  // where the tiles were
-    put<false>(all, sums, s, p, slab, g);
+    put<false>(all, sums, s, p, slab, team * 4 + g);
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
     __syncthreads();
     u32 before = leaving(s);
-    for (int at = g * 64; at < s.rank; at += 256) {
+    for (int at = (team * 4 + g) * 64; at < s.rank; at += 256 * SPAN) {
         float more[SLAB / 16][BLOCKS][4] = {};
         Rows b;
         b.load(s, p, slab, at);
         add_adapter(more, b, s, p, at);
-        put<true>(all, more, s, p, slab, g);
+        put<true>(all, more, s, p, slab, team * 4 + g);
     }
 #endif
     __syncthreads();
@@ -176,7 +179,7 @@ more_tokens(const __grid_constant__ Arguments s) {
         if (row > p.last) continue;
         float total = 0.0f;
 #pragma unroll
-        for (int v = 0; v < 4; v++) total += all[v * s.tokens * s.share + i];
+        for (int v = 0; v < 4 * SPAN; v++) total += all[v * s.tokens * s.share + i];
         s.y[static_cast<u64>(token) * s.rows + w.before + row] =
             static_cast<u16>(pair(total, 0.0f));
     }

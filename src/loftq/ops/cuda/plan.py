@@ -142,26 +142,29 @@ class MoreTokens:
     tokens: int
     """The most: 16, 32 or 64."""
     slab: int = 32
+    span: int = 1
+    """Tiles that are taken at once: with few rows a tile is too little work for a block."""
 
     source, resident = "more_tokens", 1
 
     @property
     def warps(self) -> int:
-        return 4 * self.slabs
+        return 4 * self.slabs * self.span
 
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
             ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
-            ("RESIDENT", self.resident),
+            ("RESIDENT", self.resident), ("SPAN", self.span),
         )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
         return work.tokens <= self.tokens and share <= self.slabs * self.slab
 
     def needs(self, work: Work, share: int) -> dict[str, int]:
-        tiles = 2 * (self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes)
-        return {"ring": max(tiles, 4 * 4 * share * work.tokens)}  # sums take the place of tiles
+        tile = self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes
+        sums = 4 * 4 * self.span * share * work.tokens
+        return {"ring": max(2 * self.span * tile, sums)}  # sums take the place of tiles
 
 
 @dataclass(frozen=True)
