@@ -178,6 +178,8 @@ def test_inputs_in_host_memory_are_not_on_the_device() -> None:
     assert there.activations < here.activations
     assert 0 < here.total - there.total <= 22 * one  # two stay on the device
     assert "offload=true" in {saving.change for saving in savings(subject, settings, count=99)}
+    kept = replace(settings, keep_blocks=4)
+    assert "keep_blocks=0" in {saving.change for saving in savings(subject, kept, count=99)}
 
 
 def test_savings_are_differences_of_predictions() -> None:
