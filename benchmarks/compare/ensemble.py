@@ -40,6 +40,7 @@ from loftq.integrations.causal import open_causal
 from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.gauge import rotated_start
 from loftq.integrations.inference import prepare_for_inference
+from loftq.integrations.metrics import read_metrics
 from loftq.lab.ensemble import score_ensemble, train_members
 from loftq.lab.ensemble.picture import draw_reliability
 from loftq.lab.locks import Locks
@@ -128,11 +129,10 @@ def on_task(
         for name in ("accuracy", "nll", "brier", "ece")
     }
     whole = {name: getattr(found.ensemble, name) for name in means}
-    scored = {"part": task, "rank": 16, "rows": found.rows, "members": len(runs), **whole,
-              "ece_interval": found.ensemble.ece_interval, "disagreement": found.disagreement,
-              "divergence": found.divergence}  # fmt: skip
-    yield {"part": task, "rank": 16, "rows": found.rows, "members": "mean of one", **means}
-    yield scored
+    scored = {"part": task, "rank": 16, "rows": found.rows}
+    yield {**scored, "members": "mean of one", **means}
+    yield {**scored, "members": len(runs), **whole, "ece_interval": found.ensemble.ece_interval,
+           "disagreement": found.disagreement, "divergence": found.divergence}  # fmt: skip
     one, all_of_them = _passes(runs, task, data, device)
     for count, cost in ((1, one), (len(runs), all_of_them)):
         yield {"part": f"{task} pass", "rank": 16, "members": count, **cost}
@@ -174,10 +174,10 @@ def _train(
 
 
 def reached(run: Path) -> int:
-    """The last step that a run has told of."""
+    """The last step that a run has told of; what it was killed while writing does not count."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return max((json.loads(line).get("step", 0) for line in lines), default=0)
+    rows = read_metrics(path).train if path.is_file() else []
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def _passes(runs: list[Path], task: str, data: Path, device: str) -> list[dict[str, float]]:
