@@ -19,7 +19,7 @@ from loftq.ops.cpu.build import FLAGS, SOURCES, UNITS
 
 REPLAY = Path(__file__).parent / "cpu_on_arm_sources" / "replay.cpp"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FUNCTIONS = ("fit", "round", "pack", "dequantize", "project")
+FUNCTIONS = ("fit", "round", "pack", "dequantize", "project", "step")
 """By their number in replay.cpp."""
 CALLS, STRUCTURES, SIZE, LINE = 1000, 1 << 18, 1 << 24, 64
 HEADER, CALL = 4, 10  # 8-byte words
@@ -65,8 +65,8 @@ class Image:
             return place.view(tensor.shape)
         return place.view(tensor.dtype).view(tensor.shape)
 
-    def address(self, structure: ctypes.Structure) -> int:
-        """Where a copy of the structure lies."""
+    def address(self, structure: ctypes.Structure | ctypes.Array) -> int:
+        """Where a copy of the structure, or of an array of them, lies."""
         data = torch.frombuffer(bytearray(structure), dtype=torch.uint8)
         at, self.structure = self.structure, self.structure + -(-len(data) // 8) * 8
         assert self.structure <= STRUCTURES, "the image is full"

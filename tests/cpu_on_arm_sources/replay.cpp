@@ -18,7 +18,7 @@ struct Header {
   int64_t calls;
 };
 
-enum Function { FIT, ROUND, PACK, DEQUANTIZE, PROJECT };
+enum Function { FIT, ROUND, PACK, DEQUANTIZE, PROJECT, STEP };
 
 struct Call {
   int64_t function, result, a[8];
@@ -38,6 +38,7 @@ int64_t run(const Call& c) {
     case PROJECT:
       return loftq_project(team, c.at<loftq_projection>(1), int32_t(c.a[2]), c.at<void>(3), c.a[4],
                            int32_t(c.a[5]), c.at<void>(6));
+    case STEP: return loftq_step(team, c.at<loftq_decoder>(1), c.a[2], c.at<float>(3), c.at<float>(4));
   }
   return -1;
 }

@@ -1,7 +1,9 @@
 """Building, finding and choosing the CPU library; what is said where it cannot be used."""
 
 import os
+import shutil
 import stat
+import subprocess
 
 import pytest
 import torch
@@ -71,6 +73,15 @@ def test_a_build_without_a_compiler_says_what_to_install(empty_cache, monkeypatc
     with pytest.raises(BuildError, match=r"CXX=nothing\+\+ is not a program"):
         build_library()
     assert why_no_library() == NOT_BUILT
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_the_sources_suit_every_compiler(compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    for name, own in build.UNITS.get(build.machine(), build.ANY).items():
+        source = str(build.SOURCES / f"{name}.cpp")
+        subprocess.run([compiler, *build.FLAGS, *own, "-fsyntax-only", source], check=True)
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(empty_cache, monkeypatch):

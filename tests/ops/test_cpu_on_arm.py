@@ -11,6 +11,7 @@ from loftq.formats import parse_format
 from loftq.formats.grids import SEARCH, grid_of
 from loftq.formats.packing import pack_codes
 from loftq.ops.columns import nearest
+from loftq.ops.cpu.decoder import BlockTensors, Linear, ModelTensors, TokenStep
 from loftq.ops.cpu.library import (
     DTYPES,
     ISAS,
@@ -23,7 +24,7 @@ from loftq.ops.cpu.library import (
 from loftq.ops.reference import dequantize_reference, dynamic_map_on
 from loftq.ops.scale_search import fit_scales_reference
 from packed_folder import random_quantized
-from tolerances import FLOAT32_ROUNDING, KERNEL_ERROR_RATIO
+from tolerances import FLOAT32_ROUNDING, KERNEL_ERROR_RATIO, STEP_LOGITS
 
 pytestmark = [
     pytest.mark.slow,
@@ -154,3 +155,58 @@ def test_a_weight_that_is_no_number_gives_a_scale_that_is_none(replay, team):
     image.call("fit", team, grid, image.put(x), 3, scales, None)
     replay(image)
     assert scales.isnan().tolist() == [False, True, False]
+
+
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, NEURONS, VOCABULARY, CAPACITY = 36, 4, 2, 22, 50, 30, 6
+
+
+def tiny_model(generator, put):
+    """Two packed blocks with adapters and norms of their heads, and a dense head."""
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def linear(rows, columns, name, dtype):
+        q, spec = random_quantized(rows, columns, name), parse_format(name)
+        layout = (spec.bits, spec.group_size, spec.scale_coding, spec.levels, spec.default_zero)
+        A, B = put(random(3, columns).to(dtype)), put(random(rows, 3).to(dtype))
+        parts = [put(q.weight_packed), put(q.weight_scale), None, None]
+        return Linear(parts=parts, in_features=columns, layout=layout, adapter=(A, B, 0.1))
+
+    queries, pairs = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
+    shapes = [(queries, HIDDEN), (pairs, HIDDEN), (pairs, HIDDEN), (HIDDEN, queries)]
+    shapes += [(NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS)]
+    blocks = []
+    for name, dtype in (("nf4-g16-f16", torch.bfloat16), ("nf3-g32-f32", torch.float16)):
+        norms = [put(1 + random(size) / 8) for size in (HIDDEN, HIDDEN, HEAD_SIZE, HEAD_SIZE)]
+        linears = [linear(*shape, name, dtype) for shape in shapes]
+        blocks.append(
+            BlockTensors(
+                attention_norm=norms[0],
+                mlp_norm=norms[1],
+                head_norms=(norms[2], norms[3]),
+                linears=linears,
+            )
+        )
+    angle = random(CAPACITY, HEAD_SIZE)
+    head = Linear(parts=[put(random(VOCABULARY, HIDDEN) / 6)], in_features=HIDDEN, layout=None)
+    return ModelTensors(
+        blocks=blocks, norm=put(torch.ones(HIDDEN)), head=head, cosine=put(angle.cos()),
+        sine=put(angle.sin()), epsilon=1e-5, scaling=HEAD_SIZE**-0.5,
+    )  # fmt: skip
+
+
+def test_a_step_is_that_of_this_machine(replay, team, library, generator):
+    image, room = Image(), (2, KV_HEADS, CAPACITY, HEAD_SIZE)
+    model = tiny_model(generator, image.put)
+    here = TokenStep(model, torch.zeros(room), torch.zeros(room))
+    there = TokenStep(model, image.put(torch.zeros(room)), image.put(torch.zeros(room)))
+    there._decoder.blocks = image.address(there._blocks)
+    pairs = []
+    for position in range(CAPACITY):
+        x, logits = torch.randn(HIDDEN, generator=generator), poison(image, VOCABULARY)
+        image.call("step", team, there._decoder, position, image.put(x), logits)
+        pairs.append((logits, here(x, position)))
+    replay(image)
+    for logits, wanted in pairs:
+        assert (logits - wanted).abs().max() <= STEP_LOGITS

@@ -86,10 +86,11 @@ def alternate(
     for step in range(1, iterations + 1):
         if order == "quantize-first":
             if product is not None:
-                now, values = quantize(W - product)
+                # In place, as below: memory that is fresh each time costs more than rounding.
+                now, values = quantize(torch.sub(W, product, out=product))
             else:
                 now = rounded  # the first quantize-first step rounds W itself
-            residual = W - values
+            residual = torch.sub(W, values, out=values)
             correction = solver.solve(residual)
             product = correction.product()
         else:

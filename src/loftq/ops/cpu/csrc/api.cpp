@@ -1,4 +1,8 @@
 // Entry points for single weights: what this CPU has, products, the weight itself, rounding.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "project.h"
 
 namespace {
@@ -23,8 +27,9 @@ int32_t loftq_isas(void) {
   int32_t found = 1 << LOFTQ_SCALAR;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;
+  __get_cpuid(1, &a, &b, &c, &d);  // clang knows no name for F16C
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (c & bit_F16C);
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   found |= avx2 << LOFTQ_AVX2 | (avx2 && avx512) << LOFTQ_AVX512;

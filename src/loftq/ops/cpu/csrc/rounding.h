@@ -7,6 +7,8 @@
 #pragma once
 #include <math.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace {
