@@ -18,7 +18,8 @@ from loftq.ops.reference import PER_TENSOR
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
 MOST_TOKENS_FUSED = MOST_TOKENS
-"""Tokens that the fused product (ops/triton/many_tokens.py) takes: no more, it was not timed."""
+"""Tokens that the fused product (ops/triton/many_tokens.py) takes: no more, as no card ran it yet;
+benchmarks/ops/sweep_many_tokens.py decides."""
 CUDA_TOKENS = (range(1, 9), range(17, MOST_TOKENS + 1))
 """Tokens that it takes in CUDA C++, where that was measured ahead of Triton (docs/kernels.md)."""
 MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64

@@ -23,7 +23,7 @@ BLOCK_WEIGHTS = 4096
 BLOCK_COLUMNS = 256  # of one program: a multiple of every group size
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit
 def _dequantize(  # type: ignore[no-untyped-def]  # arguments are Triton's
     packed_ptr, scale_ptr, zero_ptr, nested_ptr, map_ptr, levels_ptr, out_ptr,
     start, rows, columns, groups, row_bytes, zero_row_bytes, default_zero,
@@ -32,7 +32,9 @@ def _dequantize(  # type: ignore[no-untyped-def]  # arguments are Triton's
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row_out = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = start + row_out
+    row = row_out
+    if start is not None:
+        row += start
     first = tl.program_id(1) * BLOCK_COLUMNS
     column = first + tl.arange(0, BLOCK_COLUMNS)
     here = tl.minimum(row, rows - 1)  # rows outside read the last one, and write nothing
@@ -112,7 +114,7 @@ def dequantize(
         _dequantize[grid](
             packed, scales, packed if zero is None else zero,
             table if nested is None else view_bytes(nested, torch.float32), table, codebook, out,
-            start, start + rows, in_features, groups, packed.shape[1],
+            start or None, start + rows, in_features, groups, packed.shape[1],
             0 if zero is None else zero.shape[1], default_zero,
             BITS=bits, GROUP=group_size, NESTED=nested is not None, CODEBOOK=bool(levels),
             ZEROS=zero is not None, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS,

@@ -15,6 +15,8 @@ the tensor cores; beside them the integer units decode. How it works:
   first, since copies move 16 bytes at a time.
 - Scales multiply the levels before the product, in float32 (or packed in x's dtype, `multiply`):
   a lane decodes those of its two rows itself, a tile ahead, so nothing is exchanged.
+
+Compiled for an H100 and right in the interpreter; not run on a card yet, so not dispatched.
 """
 
 from __future__ import annotations
@@ -163,7 +165,7 @@ class Launch:
 
 
 def choose_launch(tokens: int) -> Launch:
-    """The launch for so many tokens."""
+    """The launch for so many tokens; none was timed (benchmarks/ops/sweep_many_tokens.py)."""
     return Launch(tokens=128) if tokens <= 128 else Launch()
 
 
