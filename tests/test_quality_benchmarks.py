@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import zoo
 from test_calibrated import add_tokenizer
@@ -102,6 +103,16 @@ def test_processes_share_the_rows_of_a_table_and_a_second_call_finds_them(tmp_pa
     assert len(rows) == 6  # with the original model, the statistics and the settings
     assert not run(tmp_path, "all_methods", *given, "--ranks", "4")  # nothing left to say
     assert {path: path.read_bytes() for path in rows} == rows
+
+
+def test_a_layer_that_is_tuned_keeps_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from tuning import Start, replaced
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    start = Start(model[0].weight.data, torch.randn(2, 6), torch.zeros(4, 2))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(replaced(model, {"0": start})(x), model(x))
 
 
 def test_a_row_says_how_its_start_is_refined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,15 +28,17 @@ class Start:
 
 
 class Lora(nn.Module):
-    """y = x (Q + B A)^T with trainable A and B; alpha = rank."""
+    """y = x (Q + B A)^T + b with trainable A and B; alpha = rank."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, bias: Tensor | None) -> None:
         super().__init__()
+        self.register_buffer("bias", bias)
         self.register_buffer("Q", start.Q)
         self.A, self.B = nn.Parameter(start.A.clone()), nn.Parameter(start.B.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.Q.to(x.dtype)) + F.linear(F.linear(x, self.A), self.B)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.Q.to(x.dtype), bias) + F.linear(F.linear(x, self.A), self.B)
 
 
 def replaced(model: nn.Module, starts: dict[str, Start]) -> nn.Module:
@@ -44,7 +46,8 @@ def replaced(model: nn.Module, starts: dict[str, Start]) -> nn.Module:
     model = copy.deepcopy(model).requires_grad_(False)
     for path, start in starts.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Lora(start))
+        bias = model.get_submodule(path).bias
+        setattr(model.get_submodule(parent), name, Lora(start, bias))
     return model
 
 
