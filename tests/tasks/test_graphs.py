@@ -39,6 +39,16 @@ def test_batches_are_padded_to_a_quarter_of_the_longest(width: int, padded: int)
     assert batch["labels"].tolist() == [3.0, 4.0]
 
 
+def test_answers_to_choose_from_are_padded_as_rows_are() -> None:
+    def collate(features: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.ones((2, 3, 9), dtype=torch.int64), "labels": torch.ones(2)}
+
+    batch = Rounded(collate, 30, {"input_ids": 7, "labels": -100})([])
+    assert batch["input_ids"].shape == (2, 3, 16)
+    assert batch["input_ids"][..., 9:].eq(7).all()
+    assert batch["labels"].shape == (2,)
+
+
 def test_gradients_stay_where_they_lie_and_start_from_zero() -> None:
     layer = nn.Linear(2, 1, bias=False)
     graphs = StepGraphs(layer.parameters())

@@ -178,8 +178,8 @@ class Rounded:
         """The batch of some features."""
         batch = self.collate(features)
         for name, value in self.fill.items():
-            if name in batch and batch[name].dim() == 2:
-                width = batch[name].shape[1]
+            if name in batch and batch[name].dim() > 1:  # (rows, tokens) or (rows, answers, tokens)
+                width = batch[name].shape[-1]
                 more = min(-width % self.multiple, max(0, self.longest - width))
                 batch[name] = nn.functional.pad(batch[name], (0, more), value=value)
         return batch

@@ -21,7 +21,8 @@ class Watched:
     """Before a trainer of transformers or TRL in the order of bases."""
 
     batch_shape = (0, 0)
-    """Rows and tokens of a row, padding included, of the batch that is being computed."""
+    """Rows and tokens of a row, padding included, of the batch that is being computed; of a choice
+    every answer is a row."""
     graphs: StepGraphs | None = None
     """Of the steps that are trained; None = kernel by kernel."""
     offload: HostInputs | None = None
@@ -40,7 +41,7 @@ class Watched:
         Its size is remembered for the message of a full memory. The backward runs in the thread of
         the forward: each thread that computes has a workspace of cuBLAS of its own, 32 MiB.
         """
-        self.batch_shape = tuple(inputs["input_ids"].shape)
+        self.batch_shape = _rows_of_tokens(inputs["input_ids"])
         with torch.autograd.set_multithreading_enabled(False):
             return self._step(super().training_step, model, inputs, num_items_in_batch, **kwargs)  # type: ignore[misc]
 
@@ -87,7 +88,7 @@ class Watched:
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The same for a batch that is only scored."""
-        self.batch_shape = tuple(inputs["input_ids"].shape)
+        self.batch_shape = _rows_of_tokens(inputs["input_ids"])
         return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -105,3 +106,8 @@ def one_process(args: Any) -> Any:
     """
     args._n_gpu = min(1, args.n_gpu)
     return args
+
+
+def _rows_of_tokens(ids: torch.Tensor) -> tuple[int, int]:
+    """The two sizes of (rows, tokens) or (rows, answers, tokens)."""
+    return ids.shape[:-1].numel(), ids.shape[-1]
