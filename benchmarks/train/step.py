@@ -94,7 +94,7 @@ def train_steps(
     def step(batch: dict[str, Tensor]) -> Tensor:
         with host:
             loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)
-        with torch.autograd.set_multithreading_enabled(False):  # as loftq.train.trainers does
+        with torch.autograd.set_multithreading_enabled(graphs):  # as loftq.train.trainers does
             loss.backward()
         return loss.detach()
 
