@@ -54,6 +54,7 @@ def train_steps(
     offload: bool = False,
     optimizer: str = "adamw_torch_fused",
     keep: int = 0,
+    accumulates: bool = True,
     on_step: Callable[[], object] | None = None,
 ) -> Trained:
     """Optimizer steps on one batch of random tokens, every token trained.
@@ -68,6 +69,7 @@ def train_steps(
         offload: inputs of blocks in host memory, as with offload=true.
         optimizer: a key of OPTIMIZERS.
         keep: the last blocks, which are not checkpointed, as with keep_blocks.
+        accumulates: as of `StepGraphs`.
         on_step: called after each step.
     """
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=fused)
@@ -86,13 +88,13 @@ def train_steps(
     found = Trained()
     captured = None
     if graphs:
-        captured = StepGraphs(adapter, layers=layers_of(base), accumulates=False)
+        captured = StepGraphs(adapter, layers=layers_of(base), accumulates=accumulates)
     host = HostInputs(torch.device(device)) if offload else nullcontext()
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         with host:
             loss = _loss(model, batch["ids"], settings, chunked, device, tiled=graphs)
-        with torch.autograd.set_multithreading_enabled(False):  # as loftq.train.trainers does
+        with torch.autograd.set_multithreading_enabled(graphs):  # as loftq.train.trainers does
             loss.backward()
         return loss.detach()
 

@@ -7,9 +7,10 @@ all linear layers, checkpointing, autocast and the loss of `loftq train`, in one
 medians over the steps after the warm-up; "peak" is torch.cuda.max_memory_allocated over them,
 weights included, and "reserved" what the allocator took for it; the loss is the first and the
 last. `offload`: inputs of blocks in host memory, `-8bit`: states of AdamW in 8 bits, `-keep8`: the
-last 8 blocks not checkpointed, `bf16-...`: the same on dense weights; last come the percentages by
-which packed weights are slower. One row that fails does not stop the others, and none starts after
---seconds. On a CPU (--device cpu --shape tiny) the script only shows that it runs.
+last 8 blocks not checkpointed, `-made`: gradients made by the graph, `bf16-...`: the same on dense
+weights; last come the percentages by which packed weights are slower. One row that fails does not
+stop the others, and none starts after --seconds. On a CPU (--device cpu --shape tiny) the script
+only shows that it runs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
     "offload": {"fused": True, "offload": True},
     "offload-8bit": {"fused": True, "offload": True, "optimizer": "adamw_8bit"},
+    "graphs-made": {"fused": True, "graphs": True, "accumulates": False},
     "graphs-keep8": {"fused": True, "graphs": True, "keep": 8},
     "plain": {"fused": False},
     "bf16": {"fused": False},

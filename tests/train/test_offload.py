@@ -87,6 +87,28 @@ def test_in_the_backward_the_input_before_is_there_and_no_other(device: torch.de
     assert there == [1] * (BLOCKS - 1) + [0]
 
 
+def test_the_first_backward_raises_if_an_input_came_back_changed(device: torch.device) -> None:
+    blocks, host = _blocks(device), HostInputs(device)
+    x = torch.randn(SHAPE, device=device)
+    with host:
+        loss = _run(blocks, x).square().mean()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    host.kept[1].host[0, 0, 0] += 1
+    with pytest.raises(TrainError, match=r"the input of a block came back .* changed"):
+        loss.backward()
+
+
+def test_only_the_first_step_is_checked() -> None:
+    device = torch.device("cpu")
+    blocks, host = _blocks(device), HostInputs(device)
+    for checked in (True, False):
+        with host:
+            loss = _run(blocks, torch.randn(SHAPE)).square().mean()
+        assert all((one.checksum is not None) == checked for one in host.kept)
+        loss.backward()
+
+
 def test_logits_and_small_tensors_stay_where_they_are() -> None:
     host = HostInputs(torch.device("cpu"))
     weight = torch.ones(SHAPE, requires_grad=True)

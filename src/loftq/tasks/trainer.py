@@ -127,10 +127,6 @@ def build(
         if graphs:
             require_tiled(base)
     if graphs:
-        trainer.graphs = StepGraphs(
-            model.parameters(),
-            layers=layers_of(model),
-            accumulates=trainer.args.gradient_accumulation_steps > 1,
-        )
+        trainer.graphs = StepGraphs(model.parameters(), layers=layers_of(model))
         trainer.right_padded = tokenizer.padding_side == "right"
     return trainer

@@ -67,7 +67,7 @@ class TrainConfig:
     models and short batches train up to several times as fast. Keeps the memory of every graph."""
     offload: bool = False
     """Keep the inputs of blocks in host memory between forward and backward: they take the memory
-    of two blocks then. On a GPU, with checkpointing and without graphs."""
+    of two blocks then. On a GPU, with checkpointing and without graphs. Not measured on one yet."""
     host_embedding: bool = False
     """Keep the embedding table in host memory and fetch the rows of a batch: for a full GPU."""
     dtype: str = "auto"

@@ -54,8 +54,9 @@ class StepGraphs:
     parameter whose `.grad` is None gets its buffer back, zeroed, so that `zero_grad` works as ever.
 
     Buffers that are there from the first step on stand beside everything that a forward keeps. Of
-    one batch a step they need not: then the first graph makes them as its backward comes to them,
-    in memory that the forward had, and writes instead of adding.
+    one batch a step they need not: with accumulates=False the first graph makes them as its
+    backward comes to them, in memory that the forward had, and writes instead of adding. That has
+    not run on a GPU yet, and no trainer asks for it.
 
     Args:
         parameters: that take gradients, on one CUDA device.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from loftq.train.errors import TrainError
+
 NEWEST = 2
 """Inputs that stay on the device: the backward begins with them."""
 SMALLEST = 1 << 20
@@ -59,6 +61,8 @@ class _Kept:
     device: Tensor | None
     copied: torch.cuda.Event | None
     """The last copy, either way, is done."""
+    checksum: Tensor | None
+    """Before it left, () int64 on the device; None once copies were found right."""
 
 
 class HostInputs(saved_tensors_hooks):
@@ -68,8 +72,14 @@ class HostInputs(saved_tensors_hooks):
     shape, in the order of the blocks. What a block saves inside of a checkpoint never comes here.
     The backward comes after the context.
 
+    The first backward compares a checksum of every input, taken on the device before it left, with
+    that of what came back, and raises before a step is made with anything else.
+
     Args:
         device: of the model; with "cpu" all is done at once, and nothing is gained.
+
+    Raises:
+        TrainError: in that backward.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,11 +87,14 @@ class HostInputs(saved_tensors_hooks):
         self._side = _SideStream(device)
         self.kept: list[_Kept] = []
         self._most = 0
+        self._checking = True
+        self._checksums: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> None:
         self._most = max(self._most, self.host_bytes)
         self._side.wait_for_all()  # of a forward whose backward was not run to its end
         self.kept.clear()
+        self._checksums.clear()
         super().__enter__()
 
     @property
@@ -104,9 +117,10 @@ class HostInputs(saved_tensors_hooks):
             return tensor
         pinned = tensor.device.type == "cuda"
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        checksum = _checksum(tensor) if self._checking else None
         copied = self._side.copy(host, tensor)
         before = self.kept[-1] if self.kept else None
-        self.kept.append(_Kept(before, host, tensor.detach(), copied))
+        self.kept.append(_Kept(before, host, tensor.detach(), copied, checksum))
         if len(self.kept) > NEWEST:
             self._let_go(self.kept[-1 - NEWEST])
         return self.kept[-1]
@@ -118,7 +132,22 @@ class HostInputs(saved_tensors_hooks):
         if packed.before is not None:
             self._fetch(packed.before)
         self._let_go(packed)  # to who asked for it
+        if self._checking and packed.checksum is not None:
+            self._check(packed.checksum, tensor, last=packed.before is None)
         return tensor
+
+    def _check(self, wanted: Tensor, tensor: Tensor, *, last: bool) -> None:
+        """Note what came back, and look at the last one: the host waits but once."""
+        self._checksums.append((wanted, _checksum(tensor)))
+        if last:
+            left, back = (torch.stack(sums) for sums in zip(*self._checksums, strict=True))
+            self._checksums.clear()
+            if not torch.equal(left, back):
+                raise TrainError(
+                    "offload=true: the input of a block came back from host memory changed on this "
+                    "machine. Train with offload=false, and report it with `loftq doctor`'s output."
+                )
+            self._checking = False
 
     def _fetch(self, one: _Kept) -> Tensor:
         """The input on the device, where its copy may still be under way."""
@@ -136,7 +165,14 @@ class HostInputs(saved_tensors_hooks):
             return False  # logits, rotary tables
         here = tensor.device.type == self._side.device.type
         plain = tensor.is_floating_point() and tensor.is_contiguous() and tensor.dim() == 3
-        return here and plain and tensor.nbytes >= SMALLEST
+        words = tensor.storage_offset() * tensor.itemsize % 8 == 0  # as checksums take them
+        return here and plain and words and tensor.nbytes >= SMALLEST
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sum of the bytes as 64-bit words, wrapping around; in any order the same, () int64."""
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    return flat[: len(flat) // 8 * 8].view(torch.int64).sum()
 
 
 def why_not_offloaded(device: torch.device, *, checkpointing: bool, graphs: bool) -> str:

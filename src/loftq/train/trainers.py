@@ -38,18 +38,15 @@ class Watched:
     ) -> Any:
         """Forward and backward of a batch, from a graph if there is one.
 
-        Its size is remembered for the message of a full memory. The backward runs in the thread of
-        the forward: each thread that computes has a workspace of cuBLAS of its own, 32 MiB.
+        Its size is remembered for the message of a full memory. Kernel by kernel the backward runs
+        in the thread of the forward: each thread that computes has a workspace of cuBLAS of its
+        own, 32 MiB.
         """
         self.batch_shape = _rows_of_tokens(inputs["input_ids"])
-        with torch.autograd.set_multithreading_enabled(False):
-            return self._step(super().training_step, model, inputs, num_items_in_batch, **kwargs)  # type: ignore[misc]
-
-    def _step(
-        self, step: Any, model: Any, inputs: Any, num_items_in_batch: Any, **kwargs: Any
-    ) -> Any:
+        step = super().training_step  # type: ignore[misc]
         if self.graphs is None:
-            return step(model, inputs, num_items_in_batch, **kwargs)
+            with torch.autograd.set_multithreading_enabled(False):
+                return step(model, inputs, num_items_in_batch, **kwargs)
         trainer: Any = self
         batch, baked = dict(trainer._prepare_inputs(inputs)), None
         if num_items_in_batch is None or not trainer.model_accepts_loss_kwargs:
