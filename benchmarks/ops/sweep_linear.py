@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,7 +31,7 @@ def launches(tokens: int) -> Iterator[Launch]:
     """Launches of the CUDA product around its defaults."""
     if tokens > 8:
         most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        for slabs, slab in ((3, 32), (2, 32), (2, 16), (3, 16), (1, 32)):
+        for slabs, slab in ((3, 32), (6, 16), (2, 32), (2, 16), (1, 32)):
             yield MoreTokens(slabs=slabs, slab=slab, tokens=most)
     if tokens > 16:
         return
@@ -101,6 +102,10 @@ def routes(
     for launch in () if default else launches(tokens):
         name = " ".join(f"{key.lower()}={value}" for key, value in launch.definitions)
         yield f"cuda {name}", partial(cuda, launch, True, ())
+        if isinstance(launch, FewTokens):
+            late = replace(launch, early=False)
+            yield f"cuda {name} r={rank}", partial(cuda, launch, True, adapter)
+            yield f"cuda {name} late r={rank}", partial(cuda, late, True, adapter)
 
 
 def main() -> None:

@@ -67,18 +67,20 @@ Barrier block;
 std::vector<Warp> warps;
 inline void __syncthreads() { block.wait(); }
 inline void __syncwarp() { warps[threadIdx.x / 32].all.wait(); }
-inline void __threadfence() {}
 bool any;
 inline int __syncthreads_or(int value) {
     any |= value != 0;
     __syncthreads();
     bool found = any;
     __syncthreads();
+    any = false;
+    __syncthreads();
     return found;
 }
 inline u32 atomicAdd(u32 *p, u32 value) { return (*p += value) - value; }
 inline float load_fresh(const float *p) { return *p; }
 inline u32 load_acquire(const u32 *p) { return *p; }
+inline void add_release(u32 *p, u32 value) { *p += value; }
 inline void wait_for_producer() {}
 inline void let_next_start() {}
 

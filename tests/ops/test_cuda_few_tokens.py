@@ -1,6 +1,7 @@
 """The few-token product in CUDA C++: its source on the CPU, its code on a GPU."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ CASES = (
     ("nf3", (40,), 512, 64, MoreTokens(slabs=1, tokens=64)),
     ("snf3-bf16", (1,), 256, 1, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
+    ("nf4", (40, 9), 512, 16, MoreTokens(slabs=1, tokens=16)),
+    ("nf4", (40, 9), 768, 20, MoreTokens(slabs=1, slab=16, tokens=32, span=2)),
 )  # fmt: skip
 
 
@@ -72,6 +75,21 @@ def test_the_source_is_as_exact_as_the_dense_product(case, compiler, monkeypatch
         check(y, made, adapter is not None)
 
 
+def test_adapters_added_up_early_give_the_same_bits(compiler, monkeypatch):
+    for user in (module, plan):
+        monkeypatch.setattr(user, "room", lambda device: ROOM)
+    monkeypatch.setattr(module, "kernel", compiler)
+    made = problems("nf4", (50, 20), 768, 3, torch.bfloat16, "cpu", rank=72)
+    given = members(made, torch.bfloat16)
+    launch = FewTokens(warps=2, slab=16, ahead=1)
+    early, late = (
+        few_tokens(made[0].x, given, launch=shape, overlap=False)
+        for shape in (launch, replace(launch, early=False))
+    )
+    check(early, made, True)
+    assert torch.equal(early, late)
+
+
 def test_stacked_adapters_are_each_for_their_own_tokens(compiler, monkeypatch):
     for user in (module, plan):
         monkeypatch.setattr(user, "room", lambda device: ROOM)
@@ -89,8 +107,10 @@ def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch)
     monkeypatch.setattr(module, "kernel", compiler)
     for user in (module, plan):
         monkeypatch.setattr(user, "room", lambda device: ROOM)
-    monkeypatch.setattr(module, "LAUNCHES", (FewTokens(warps=2, slab=16, ahead=2),))
-    assert probe.product_is_right(torch.device("cpu"))
+    launches = (FewTokens(warps=2, slab=16, ahead=2), MoreTokens(slabs=1, tokens=32))
+    monkeypatch.setattr(module, "LAUNCHES", launches)
+    for tokens in (1, 17):
+        assert probe.product_is_right(torch.device("cpu"), tokens=tokens)
     monkeypatch.setattr(
         probe, "few_tokens", lambda x, members, overlap: 1.1 * few_tokens(x, members)
     )
@@ -119,13 +139,17 @@ def test_what_it_does_not_hold_is_said(monkeypatch):
 
 
 def test_the_dispatcher_says_why_triton_computes_it(monkeypatch):
-    x = torch.zeros(9, 512, dtype=torch.bfloat16)
+    x = torch.zeros(65, 512, dtype=torch.bfloat16)
     given = members(problems("nf4", (20,), 512, 9, x.dtype, "cpu"), None)
     assert dispatch.why_no_cuda_product(x, given) == "cpu is no NVIDIA GPU"
-    monkeypatch.setattr(dispatch, "why_no_cuda", lambda device: "")
+    trials = set()
+    monkeypatch.setattr(dispatch, "why_no_cuda", lambda device, tokens: trials.add(tokens) or "")
     monkeypatch.setattr(plan, "room", lambda device: ROOM)
-    assert dispatch.why_no_cuda_product(x, given) == "9 tokens: above 8 it was not timed yet"
-    assert dispatch.why_no_cuda_product(x[:8], given) == ""
+    ahead = {tokens for tokens in range(66) if not dispatch.why_no_cuda_product(x[:tokens], given)}
+    assert ahead == {*range(1, 9), *range(17, 65)}
+    assert trials == {1, 17}, "a trial of each source"
+    reason = "9 tokens: CUDA C++ is ahead at 1 to 8 and 17 to 64"
+    assert dispatch.why_no_cuda_product(x[:9], given) == reason
     assert "in_features=320" in dispatch.why_no_cuda_product(x[:8, :320], given)
 
 

@@ -111,6 +111,8 @@ class FewTokens:
     """The most: 8 or 16."""
     resident: int = 1
     """Blocks that share a multiprocessor: with 2, the next launch fetches while this one ends."""
+    early: bool = True
+    """Whether s A x^T is added up while tiles are on their way, not at the end (adapters.cuh)."""
 
     source = "few_tokens"
 
@@ -118,7 +120,7 @@ class FewTokens:
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
             ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
-            ("AHEAD", self.ahead), ("RESIDENT", self.resident),
+            ("AHEAD", self.ahead), ("RESIDENT", self.resident), ("EARLY", int(self.early)),
         )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
@@ -133,33 +135,36 @@ class FewTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MoreTokens:
-    """more_tokens.cu: 17 to 64 tokens, x read once by a block."""
+    """more_tokens.cu: up to 64 tokens, x read once by a block."""
 
     slabs: int
     """Of a block, four warps for each."""
     tokens: int
     """The most: 16, 32 or 64."""
     slab: int = 32
+    span: int = 1
+    """Tiles that are taken at once: with few rows a tile is too little work for a block."""
 
     source, resident = "more_tokens", 1
 
     @property
     def warps(self) -> int:
-        return 4 * self.slabs
+        return 4 * self.slabs * self.span
 
     @property
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
             ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
-            ("RESIDENT", self.resident),
+            ("RESIDENT", self.resident), ("SPAN", self.span),
         )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
         return work.tokens <= self.tokens and share <= self.slabs * self.slab
 
     def needs(self, work: Work, share: int) -> dict[str, int]:
-        tiles = 2 * (self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes)
-        return {"ring": max(tiles, 4 * 4 * share * work.tokens)}  # sums take the place of tiles
+        tile = self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes
+        sums = 4 * 4 * self.span * share * work.tokens
+        return {"ring": max(2 * self.span * tile, sums)}  # sums take the place of tiles
 
 
 @dataclass(frozen=True)

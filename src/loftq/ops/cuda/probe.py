@@ -12,10 +12,15 @@ from loftq.ops.reference import dequantize_reference
 COLUMNS, RANK = 512, 16
 
 
-def product_is_right(device: torch.device) -> bool:
-    """Whether two weights with adapters give the product of the reference at 4, 3 and 2 bits."""
+def product_is_right(device: torch.device, *, tokens: int = 1) -> bool:
+    """Whether two weights with adapters give the product of the reference at 4, 3 and 2 bits.
+
+    Args:
+        device: with the kernels of few_tokens.cu (up to 16 tokens) or more_tokens.cu.
+        tokens: of the product.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, COLUMNS, generator=generator).to(device, torch.bfloat16)
+    x = torch.randn(tokens, COLUMNS, generator=generator).to(device, torch.bfloat16)
     for bits in (4, 3, 2):
         members = [_member(rows, bits, generator, device) for rows in (40, 24)]
         wanted = torch.cat([_product(x, member) for member in members], -1)

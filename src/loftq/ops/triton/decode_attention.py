@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from loftq.ops.triton.overlap import options
+from loftq.ops.triton.overlap import before_a_product, options
 
 BLOCK = 64  # positions at a time
 PROGRAMS = 264  # aimed at: two for each multiprocessor of an H100
@@ -121,6 +121,8 @@ def _join(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program: one query head. A split without positions has the maximum -inf."""
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
     query, d, s = tl.program_id(0), tl.arange(0, DIM), tl.arange(0, SPLITS)
@@ -128,7 +130,7 @@ def _join(  # type: ignore[no-untyped-def]
     weights = tl.exp(most - tl.max(most, 0))
     total = tl.sum(weights * tl.load(sum_ptr + query * SPLITS + s), 0)
     parts = tl.load(part_ptr + (query * SPLITS + s)[:, None] * DIM + d[None, :])
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
     y = tl.sum(weights[:, None] * parts, 0) / total
     tl.store(y_ptr + query * DIM + d, y.to(y_ptr.dtype.element_ty))
@@ -183,6 +185,7 @@ def attend(
             num_warps=4, **options(overlap),
         )  # fmt: skip
         _join[(tokens * heads,)](
-            parts, most, total, y, DIM=dim, SPLITS=splits, num_warps=2, **options(overlap)
-        )
+            parts, most, total, y, DIM=dim, SPLITS=splits, num_warps=2,
+            **before_a_product(overlap),
+        )  # fmt: skip
     return y

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from loftq.ops.triton.overlap import options
+from loftq.ops.triton.overlap import before_a_product
 
 
 @triton.jit
@@ -24,6 +24,8 @@ def _add_norm(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < columns
     weight = tl.load(weight_ptr + column, inside, 0.0)
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
     place = tl.program_id(0).to(tl.int64) * columns + column  # (BLOCK,)
@@ -32,7 +34,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
         x = (x + tl.load(delta_ptr + place, inside, 0.0).to(tl.float32)).to(TYPE)
         tl.store(sum_ptr + place, x, inside)
         x = x.to(tl.float32)
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
     mean = tl.sum(x * x, 0) / columns
     y = (x * tl.rsqrt(mean + eps)).to(TYPE).to(tl.float32) * weight.to(tl.float32)
@@ -44,6 +46,8 @@ def _swiglu(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, columns, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     if OVERLAP:
         gdc_wait()
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -51,7 +55,7 @@ def _swiglu(  # type: ignore[no-untyped-def]
     token = tl.program_id(1).to(tl.int64)
     gate = tl.load(x_ptr + token * (2 * columns) + column, inside, 0.0).to(tl.float32)
     up = tl.load(x_ptr + token * (2 * columns) + columns + column, inside, 0.0).to(tl.float32)
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
     y = (gate / (1.0 + tl.exp(-gate))).to(TYPE).to(tl.float32) * up
     tl.store(y_ptr + token * columns + column, y.to(TYPE), inside)
@@ -67,7 +71,7 @@ def add_norm(
         _add_norm[(tokens,)](
             x, x if delta is None else delta, weight, total, y, columns, eps,
             ADD=delta is not None, BLOCK=triton.next_power_of_2(columns), num_warps=8,
-            **options(overlap),
+            **before_a_product(overlap),
         )  # fmt: skip
     return total, y
 
@@ -78,6 +82,6 @@ def swiglu(x: Tensor, *, overlap: bool = False) -> Tensor:
     y = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         _swiglu[(triton.cdiv(columns, 512), tokens)](
-            x, y, columns, BLOCK=512, num_warps=4, **options(overlap)
+            x, y, columns, BLOCK=512, num_warps=4, **before_a_product(overlap)
         )
     return y
