@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,8 +170,17 @@ def _train(
     with log.open("w") as lines:
         for stream in (1, 2):
             os.dup2(lines.fileno(), stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     out = packed(model, folder, 16, device)
     train_members(out, task, folder / task, members=members, data=data, device=device, **options)
+
+
+def _end_with_parent() -> None:
+    """A script that is killed leaves nothing behind that trains on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def reached(run: Path) -> int:
