@@ -31,8 +31,8 @@ def launches(tokens: int) -> Iterator[Launch]:
     """Launches of the CUDA product around its defaults."""
     if tokens > 8:
         most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        for slabs, slab in ((3, 32), (6, 16), (2, 32), (2, 16), (1, 32)):
-            yield MoreTokens(slabs=slabs, slab=slab, tokens=most)
+        for slabs, slab, span in ((3, 32, 1), (6, 16, 1), (2, 16, 1), (2, 16, 2), (1, 32, 1)):
+            yield MoreTokens(slabs=slabs, slab=slab, tokens=most, span=span)
     if tokens > 16:
         return
     most = 8 if tokens <= 8 else 16
