@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loftq.ops.cpu.build import BuildError, build_library
-from loftq.ops.cpu.library import ISA, Library, find_library, forget_library, why_no_library
+from loftq.ops.cpu.build import ANY, UNITS, BuildError, build_library, machine
+from loftq.ops.cpu.library import ISA, ISAS, Library, find_library, forget_library, why_no_library
 
 COMPAT_FOLDERS = ("chat", "integrations", "nn")
 """Rooms that meet transformers: their tests run again with the oldest supported version."""
@@ -106,14 +106,16 @@ def _folder(variable: str, what: str) -> Path:
 
 @pytest.fixture(scope="session")
 def built_cache(pytestconfig: pytest.Config) -> str:
-    """LOFTQ_CACHE of a folder that holds the library."""
+    """LOFTQ_CACHE of a folder that holds the library, and none of older sources."""
     folder = str(pytestconfig.cache.mkdir("loftq-cpu"))  # type: ignore[union-attr]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOFTQ_CACHE", folder)
         try:
-            build_library()
+            path = build_library()
         except BuildError as error:
             pytest.skip(str(error))
+    for old in set(path.parent.glob("*.so")) - {path}:
+        old.unlink(missing_ok=True)  # another worker may have been faster
     return folder
 
 
@@ -127,3 +129,12 @@ def library(built_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Libra
     assert found is not None, why_no_library()
     yield found
     forget_library()
+
+
+@pytest.fixture(params=[isa for isa in ISAS if isa in UNITS.get(machine(), ANY)])
+def isa(request: pytest.FixtureRequest, library: Library, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of the library that this CPU has, chosen in turn."""
+    if request.param not in library.isas:
+        pytest.skip(f"this CPU has {', '.join(library.isas)}")
+    monkeypatch.setenv(ISA, request.param)
+    return request.param

@@ -104,6 +104,18 @@ def test_processes_share_the_rows_of_a_table_and_a_second_call_finds_them(tmp_pa
     assert {path: path.read_bytes() for path in rows} == rows
 
 
+def test_a_row_says_how_its_start_is_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from all_methods import refinement_of
+
+    assert refinement_of("fast:int2-g64-dq:16:damping=0.1") is None
+    assert refinement_of("max:int2-g64-dq:16") == "max:int2-g64-dq:16:distill"
+    row = "best:int2-g64-dq:16:refinement=distill:epochs=1:rate=7e-4"
+    assert refinement_of(row) == "best:int2-g64-dq:16:distill:epochs=1:rate=7e-4"
+    with pytest.raises(ValueError, match="a refined row takes no blend"):
+        refinement_of("best:int2-g64-dq:16:refinement=distill:blend=0.5")
+
+
 def test_encoders_are_scored_by_what_becomes_of_their_embeddings(tmp_path: Path) -> None:
     zoo.save(zoo.build_base("mpnet"), tmp_path / "mpnet")
     add_tokenizer(tmp_path / "mpnet")

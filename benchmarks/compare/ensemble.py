@@ -14,7 +14,8 @@ loads it, in float32, and in a row of its own in the 16 bits that members are he
 1024 tokens is what the device allocates with its graph, apart from the libraries' workspaces.
 
 The members of a task are trained by PROCESSES processes side by side and scored in one pass;
-KEY=VALUE are options of `train --task` for them. What there is no time for is left out and said.
+KEY=VALUE are options of `train --task` for them. When SECONDS are over, members that are trained
+are scored and the others are left as they are: the same command goes on with them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,14 +35,18 @@ from typing import Any
 import torch
 
 import loftq
+from loftq.cli.options import collect
 from loftq.integrations.causal import open_causal
 from loftq.integrations.decode import GraphDecoder
 from loftq.integrations.gauge import rotated_start
 from loftq.integrations.inference import prepare_for_inference
-from loftq.lab.ensemble import score_ensemble
+from loftq.integrations.metrics import read_metrics
+from loftq.lab.ensemble import score_ensemble, train_members
 from loftq.lab.ensemble.picture import draw_reliability
+from loftq.lab.locks import Locks
 from loftq.nn.members import for_members
 from loftq.tasks import find_task
+from loftq.tasks.config import option_types
 from loftq.tasks.kinds.batches import in_batches, on_device, scoring
 from loftq.tasks.lengths import reading_length
 from loftq.tasks.opening import Opened, open_for_task, open_members
@@ -69,10 +73,11 @@ def decoding(
 
 
 def packed(model: Path, folder: Path, rank: int, device: str) -> Path:
-    """The model at 2 bits."""
+    """The model at 2 bits, made by whichever process comes first."""
     out = folder / "out"
-    if not (out / "loftq.json").is_file():
-        loftq.quantize(model, out, bits=2, rank=rank, device=device)
+    with Locks(folder).waiting("packed"):
+        if not (out / "loftq.json").is_file():
+            loftq.quantize(model, out, bits=2, rank=rank, device=device)
     return out
 
 
@@ -104,18 +109,19 @@ def _decoded(path: Path, device: str, dtype: str, tokens: int, *, narrow: bool) 
 
 def on_task(
     model: Path, task: str, folder: Path, members: int, processes: int, device: str, data: Path,
-    until: float, keys: list[str],
+    until: float, options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Scores of the members that there was time to train, time and memory of a pass."""
-    out = packed(model, folder, 16, device)
-    train(out, task, folder / task, members, processes, device, data, until - SCORING, keys)
-    runs = [folder / task / f"members/{seed}" for seed in range(members)]
-    runs = [run for run in runs if (run / "task.json").is_file()]
+    train(model, task, folder, members, processes, device, data, until - SCORING, options)
+    every = [folder / task / f"members/{seed}" for seed in range(members)]
+    runs = [run for run in every if (run / "task.json").is_file()]
+    if len(runs) < members:
+        yield {"part": task, "trained": len(runs), "steps": [reached(run) for run in every]}
     if len(runs) < 2:
         yield {"part": task, "members": len(runs), "missing": "no time for two members"}
         return
-    outside = ["rte"] if task == "mrpc" else []
-    found = score_ensemble(runs, task, data=data, device=device, outside=outside)
+    outside, rows = ["rte"] if task == "mrpc" else [], options.get("eval_rows")
+    found = score_ensemble(runs, task, data=data, device=device, eval_rows=rows, outside=outside)
     draw_reliability(found, folder / f"{task}.png")
     (folder / f"{task}.json").write_text(json.dumps(found.to_dict(), indent=1))
     means = {
@@ -123,36 +129,55 @@ def on_task(
         for name in ("accuracy", "nll", "brier", "ece")
     }
     whole = {name: getattr(found.ensemble, name) for name in means}
+    scored = {"part": task, "rank": 16, "rows": found.rows}
+    yield {**scored, "members": "mean of one", **means}
+    yield {**scored, "members": len(runs), **whole, "ece_interval": found.ensemble.ece_interval,
+           "disagreement": found.disagreement, "divergence": found.divergence}  # fmt: skip
     one, all_of_them = _passes(runs, task, data, device)
-    yield {"part": task, "rank": 16, "members": 1, **means, **one}
-    yield {"part": task, "rank": 16, "members": len(runs), **whole,
-           "ece_interval": found.ensemble.ece_interval, "disagreement": found.disagreement,
-           "divergence": found.divergence, **all_of_them}  # fmt: skip
+    for count, cost in ((1, one), (len(runs), all_of_them)):
+        yield {"part": f"{task} pass", "rank": 16, "members": count, **cost}
 
 
 def train(
-    out: Path, task: str, folder: Path, members: int, processes: int, device: str, data: Path,
-    until: float, keys: list[str],
+    model: Path, task: str, folder: Path, members: int, processes: int, device: str, data: Path,
+    until: float, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """`loftq lab ensemble` in processes that share its members; stopped when there is no time."""
-    command = [
-        sys.executable, "-W", "ignore", "-m", "loftq", "lab", "ensemble", str(out), "--task", task,
-        "-o", str(folder), "--members", str(members), "--device", device, *keys,
-    ]  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    """The members in processes that share them; stopped when there is no time."""
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
     begun = []
     for place in range(processes):
-        with (folder / f"{place}.log").open("w") as log:
-            environment = {**os.environ, "LOFTQ_DATA": str(data)}
-            begun.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    for process in begun:
-        try:
-            process.wait(max(0.0, until - (time.monotonic() - BEGUN)))
-        except subprocess.TimeoutExpired:
+        log = folder / task / f"{place}.log"
+        given = (model, task, folder, members, device, data, options, log)
+        begun.append((spawn.Process(target=_train, args=given), log))
+    for process, _ in begun:
+        process.start()
+    for process, log in begun:
+        process.join(max(0.0, until - (time.monotonic() - BEGUN)))
+        if process.is_alive():
             process.kill()
-            process.wait()
-        if process.returncode > 0:
-            print((folder / f"{begun.index(process)}.log").read_text()[-2000:], flush=True)
+            process.join()
+        elif process.exitcode:
+            print(log.read_text()[-2000:], flush=True)
+
+
+def _train(
+    model: Path, task: str, folder: Path, members: int, device: str, data: Path,
+    options: dict[str, Any], log: Path,
+) -> None:  # fmt: skip
+    """What one of the processes does; all that it prints goes into `log`."""
+    with log.open("w") as lines:
+        for stream in (1, 2):
+            os.dup2(lines.fileno(), stream)
+    out = packed(model, folder, 16, device)
+    train_members(out, task, folder / task, members=members, data=data, device=device, **options)
+
+
+def reached(run: Path) -> int:
+    """The last step that a run has told of; what it was killed while writing does not count."""
+    path = run / "metrics.jsonl"
+    rows = read_metrics(path).train if path.is_file() else []
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def _passes(runs: list[Path], task: str, data: Path, device: str) -> list[dict[str, float]]:
@@ -258,10 +283,11 @@ def main() -> None:
         parts.append((f"decode r={rank}", lambda until, rank=rank, where=where: decoding(
             given.decoder, where, rank, given.members, given.device, given.dtype,
             given.tokens)))  # fmt: skip
+    options = dict(collect({}, given.keys, None, option_types()).options)
     for task in given.tasks if given.encoder else ():
         parts.append((task, lambda until, task=task: on_task(
             given.encoder, task, given.work / "encoder", given.members, given.processes,
-            given.device, given.data, until, given.keys)))  # fmt: skip
+            given.device, given.data, until, options)))  # fmt: skip
     rows: list[dict[str, Any]] = []
     for place, (name, part) in enumerate(parts):
         now = time.monotonic() - BEGUN

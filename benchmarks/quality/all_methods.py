@@ -10,11 +10,11 @@
 
 Rows are those of calibrated.py, METHOD:FORMAT:RANK[:KEY=VALUE...], by default all --methods in all
 --formats and --ranks; --rows replaces them. A start that gradients refine (`max`, or a method with
-refinement=distill) goes the way of refined.py. Statistics are taken once, a start is solved once
-and tuned with every seed. Any number of processes may work on one FOLDER, on several GPUs too, and
-the same command goes on after a stop (--seconds). Every row says commit, GPU and versions. With
---pairs the model is an encoder: Spearman correlation on STS-B without any training, and by how much
-its sentence embeddings have moved.
+refinement=distill) goes the way of refined.py, whose epochs=, rate= and so on it may have too.
+Statistics are taken once, a start is solved once and tuned with every seed. Any number of processes
+may work on one FOLDER, on several GPUs too, and the same command goes on after a stop (--seconds).
+Every row says commit, GPU and versions. With --pairs the model is an encoder: Spearman correlation
+on STS-B without any training, and by how much its sentence embeddings have moved.
 """
 
 from __future__ import annotations
@@ -177,9 +177,10 @@ def refinement_of(row: str) -> str | None:
     asked = chosen.pop("refinement", None)
     if method.startswith("lora") or (asked is None and not METHODS[method].refined):
         return None
-    if chosen:
-        raise ValueError(f"{row}: takes refinement and no other choice.")
-    return f"{method}:{name}:{rank}:{asked or METHODS[method].refinement}"
+    if other := chosen.keys() - refined.KINDS.keys():
+        raise ValueError(f"{row}: a refined row takes no {', '.join(sorted(other))}.")
+    pairs = [f"{key}={value}" for key, value in chosen.items()]
+    return ":".join([method, name, rank, asked or METHODS[method].refinement, *pairs])
 
 
 def rows_of(args: argparse.Namespace) -> list[str]:

@@ -5,8 +5,10 @@
 Each row is a model of the same shape with random weights, the same float32 adapters and AdamW on
 all linear layers, checkpointing, autocast and the loss of `loftq train`, in one process. Times are
 medians over the steps after the warm-up; "peak" is torch.cuda.max_memory_allocated over them,
-weights included. A path `bf16-...` is the same on dense weights; last come the percentages by which
-packed weights are slower. One row that fails does not stop the others, and none starts after
+weights included, and "reserved" what the allocator took for it; the loss is the first and the
+last. `offload`: inputs of blocks in host memory, `-8bit`: states of AdamW in 8 bits, `-keep8`: the
+last 8 blocks not checkpointed, `bf16-...`: the same on dense weights; last come the percentages by
+which packed weights are slower. One row that fails does not stop the others, and none starts after
 --seconds. On a CPU (--device cpu --shape tiny) the script only shows that it runs.
 """
 
@@ -35,9 +37,12 @@ from loftq.train.memory.predict import TrainingSettings
 from loftq.train.prepare import add_fused_head
 
 WARM_UP = 3
-PATHS: dict[str, dict[str, bool]] = {
+PATHS: dict[str, dict[str, Any]] = {
     "graphs": {"fused": True, "graphs": True},
     "fused": {"fused": True},
+    "offload": {"fused": True, "offload": True},
+    "offload-8bit": {"fused": True, "offload": True, "optimizer": "adamw_8bit"},
+    "graphs-keep8": {"fused": True, "graphs": True, "keep": 8},
     "plain": {"fused": False},
     "bf16": {"fused": False},
     "bf16-fused": {"fused": True},
@@ -50,8 +55,8 @@ TOP = 22
 Times = dict[tuple[int, str, int], float]
 """(bits, path, batch) -> seconds of a step."""
 HEAD = (
-    "| model | batch | path | ms a step | p20 | p80 | tokens/s | peak GB | loss, first to last |",
-    "| --- | --: | --- | --: | --: | --: | --: | --: | --- |",
+    "| model | batch | path | ms a step | p20 | p80 | tokens/s | peak GB | reserved GB | loss |",
+    "| --- | --: | --- | --: | --: | --: | --: | --: | --: | --- |",
 )
 
 
@@ -121,13 +126,14 @@ def _row(
         torch.cuda.reset_peak_memory_stats()
     done = train_steps(model, settings, given.steps, device=given.device, **paths)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+    reserved = torch.cuda.max_memory_reserved() / 1e9 if cuda else float("nan")
     low, *_, high = statistics.quantiles(done.seconds, n=5)
     median = times[bits, path, batch] = statistics.median(done.seconds)
     name = "bf16 dense" if path.startswith(DENSE) else f"{bits} bits"
     return (
         f"| {name} | {batch} x {given.length} | {path} | {1e3 * median:.1f} | {1e3 * low:.1f} | "
         f"{1e3 * high:.1f} | {settings.tokens / median:,.0f} | {peak:.2f} | "
-        f"{warm.losses[0]:.3f} to {done.losses[-1]:.3f} |"
+        f"{reserved:.2f} | {warm.losses[0]:.3f} to {done.losses[-1]:.3f} |"
     )
 
 

@@ -93,6 +93,8 @@ def test_a_recipe_names_the_task_and_a_baseline(
             "memory: has no meaning with --task",
         ),
         (("train", "bert", "--task", "rte", "packing=true"), "unknown option 'packing'"),
+        (("lab", "compare", "glue-mpnet", "tasks=cola"), "tasks is a flag: --tasks cola."),
+        (("lab", "ensemble", "bert", "--task", "rte", "members=3"), "is a flag: --members 3."),
         (("train", "bert", "--task", "sst2"), "glue/sst2/train is not there"),
         (("eval", "rtee", "bert"), "No such command 'rtee'. Did you mean 'rte'?"),
         (("eval", "mnli", "llama"), "has no head for mnli"),
@@ -105,7 +107,7 @@ def test_mistakes_are_one_clear_error(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("LOFTQ_DATA", str(place / "data"))
     named = [place / word if word in ("bert", "llama") else word for word in words]
-    more = ("-o", tmp_path / "run") if words[0] == "train" else ()
+    more = ("-o", tmp_path / "run") if words[0] in ("train", "lab") else ()
     answer = loftq(*named, *more)
     assert answer.code in (1, 2)
     assert message in answer.err

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(packed: dict[str, tuple[Path, Path]], tmp_
     headed = load_headed(out, CLASSES, new_head=True, seed=0, num_labels=2)
     with pytest.raises(LineageError, match="belongs to backbone"):
         attach_start(headed, other / "init_adapter", CLASSES)
-    with pytest.raises(HeadError, match="has no AutoModelForSeq2SeqLM"):
+    with pytest.raises(HeadError, match="transformers has no AutoModelForSeq2SeqLM for bert"):
         load_headed(out, "AutoModelForSeq2SeqLM", new_head=False, seed=0)
     with pytest.raises(HeadError, match="which BertForSequenceClassification lacks"):
         attach_fresh(headed, ["encoder.layer.9.attention"], CLASSES, rank=2, alpha=2)

@@ -69,6 +69,26 @@ def test_best_gives_outputs_nearer_to_the_originals_than_fast() -> None:
     assert errors["best"] < 0.8 * errors["fast"]
 
 
+def test_a_weight_that_is_rounded_itself_leaves_the_drift_to_the_adapter() -> None:
+    """Its Q stays by W; Q + B A goes for W* all the same, if not as far as where both do."""
+    case, x, x_hat = drifted()
+    W = case.weights[0].double()
+    wanted, outputs, backbones = x @ W.mT, {}, {}
+    for rounded in ("target", "weight"):
+        found = METHODS["best"].with_options(rounded=rounded).solve(case)
+        outputs[rounded] = (x_hat @ effective(found, 1.0).double().mT - wanted).norm()
+        Q = found.quantized[0].dequantize().double()
+        backbones[rounded] = (x_hat @ (Q - W).mT).norm()
+    plain = x_hat @ effective(METHODS["fast"].solve(case), 1.0).double().mT - wanted
+    assert backbones["weight"] < backbones["target"]
+    assert outputs["target"] < outputs["weight"] < plain.norm()
+
+
+def test_a_schedule_that_knows_one_weight_alone_takes_no_other_to_round() -> None:
+    with pytest.raises(AssertionError, match="cloq: rounded"):
+        METHODS["cloq"].with_options(rounded="weight")
+
+
 def test_where_nothing_has_drifted_best_is_its_symmetric_self() -> None:
     known = replace(statistics(), drift=torch.zeros(2, IN, IN))
     case = problem(known=known, name="int2-g64-dq", fit="mse")

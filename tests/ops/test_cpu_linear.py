@@ -7,8 +7,7 @@ import torch
 
 from loftq.formats import parse_format
 from loftq.ops import dequantize, quant_linear, quant_linear_lora
-from loftq.ops.cpu.build import ANY, UNITS, machine
-from loftq.ops.cpu.library import ISA, ISAS
+from loftq.ops.cpu.library import ISA
 from loftq.ops.cpu.linear import dequantize as in_library
 from loftq.ops.cpu.linear import small_linear
 from loftq.ops.reference import dequantize_reference
@@ -23,17 +22,6 @@ FORMATS = (
 SHAPES = ((33, 256, 3), (17, 37, 1), (5, 1, 2), (20, 63, 9), (130, 576, 1), (2, 4097, 7))
 """Rows, columns, tokens."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-HERE = [isa for isa in ISAS if isa in UNITS.get(machine(), ANY)]
-
-
-@pytest.fixture(params=HERE)
-def isa(request, library, monkeypatch):
-    if request.param not in library.isas:
-        pytest.skip(f"this CPU has {', '.join(library.isas)}")
-    monkeypatch.setenv(ISA, request.param)
-    return request.param
 
 
 @pytest.fixture(autouse=True)

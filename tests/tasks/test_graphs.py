@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from loftq.tasks import train_task
 from loftq.tasks.trainer import TaskTrainer
 from loftq.train.errors import TrainError
 from loftq.train.graphs import EAGER, Rounded, StepGraphs, why_not
+from tolerances import FLOAT32_SOLVE
 
 RUN = {
     "max_steps": 12, "eval_steps": 12, "batch_size": 4, "gradient_accumulation": 2, "samples": 0,
@@ -35,6 +37,16 @@ def test_batches_are_padded_to_a_quarter_of_the_longest(width: int, padded: int)
     assert batch["input_ids"][:, width:].eq(7).all()
     assert batch["input_ids"][:, :width].eq(1).all()
     assert batch["labels"].tolist() == [3.0, 4.0]
+
+
+def test_answers_to_choose_from_are_padded_as_rows_are() -> None:
+    def collate(features: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.ones((2, 3, 9), dtype=torch.int64), "labels": torch.ones(2)}
+
+    batch = Rounded(collate, 30, {"input_ids": 7, "labels": -100})([])
+    assert batch["input_ids"].shape == (2, 3, 16)
+    assert batch["input_ids"][..., 9:].eq(7).all()
+    assert batch["labels"].shape == (2,)
 
 
 def test_gradients_stay_where_they_lie_and_start_from_zero() -> None:
@@ -166,6 +178,76 @@ def test_a_run_of_graphs_is_the_run_without(recipe: str, task: str, tmp_path: Pa
     assert len(losses[True]) == RUN["max_steps"] > EAGER
     assert losses[True][-1] != losses[True][0]
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+def test_without_accumulation_gradients_are_left_to_the_backward_until_a_graph_makes_them() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    graphs = StepGraphs(layer.parameters(), accumulates=False)
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = layer(batch["x"]).sum()
+        loss.backward()
+        return loss.detach()
+
+    batch = {"x": torch.tensor([[1.0, 2.0]])}
+    graphs(step, batch)
+    assert graphs.gradients == [None]
+    assert layer.weight.grad.tolist() == [[1.0, 2.0]]
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) between steps, or .* accumulates"):
+        graphs(step, batch)
+
+
+def _stack(graphs_of: Callable) -> tuple[nn.ModuleList, StepGraphs, Callable]:
+    """Eight layers, the last of them left out for an odd number of rows, and their step."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(8)).cuda()
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = batch["x"]
+        for layer in layers[: len(layers) - len(x) % 2]:
+            x = layer(x).tanh()
+        loss = x.square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return layers, graphs_of(layers.parameters()), step
+
+
+@pytest.mark.gpu
+def test_a_graph_makes_gradients_and_later_ones_add_to_them() -> None:
+    layers, graphs, step = _stack(partial(StepGraphs, accumulates=False))
+    for rows in [511, 511, 511, 2048, 2048, 2048, 511, 2048, 511]:
+        batch = {"x": torch.randn(rows, 512, device="cuda")}
+        layers.zero_grad(set_to_none=True)
+        wanted_loss = step(batch)
+        wanted = [None if p.grad is None else p.grad.clone() for p in layers.parameters()]
+        layers.zero_grad(set_to_none=True)
+        torch.testing.assert_close(graphs(step, batch), wanted_loss)
+        for parameter, gradient in zip(layers.parameters(), wanted, strict=True):
+            if gradient is not None:
+                assert (parameter.grad - gradient).norm() <= FLOAT32_SOLVE * gradient.norm()
+            else:
+                assert parameter.grad is None or not parameter.grad.any()
+    assert graphs.told == {"captured": 2, "replayed": 5, "eager": 4}
+
+
+@pytest.mark.gpu
+def test_gradients_that_a_graph_makes_do_not_stand_beside_what_its_forward_keeps() -> None:
+    peaks = []
+    for accumulates in (True, True, False):  # the first capture takes a workspace that stays
+        layers, graphs, step = _stack(partial(StepGraphs, accumulates=accumulates))
+        batch = {"x": torch.randn(4096, 512, device="cuda")}
+        for _ in range(EAGER):
+            layers.zero_grad(set_to_none=True)
+            graphs(step, batch)
+        layers.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        graphs(step, batch)
+        held = sum(p.nbytes for p in layers.parameters()) if accumulates else 0
+        peaks.append(torch.cuda.max_memory_allocated() - before + held)
+    size = sum(p.nbytes for p in layers.parameters())
+    assert peaks[1] - peaks[2] >= size / 2
 
 
 @pytest.mark.gpu

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import Trainer
 
 from loftq.integrations.run_folder import RunError, backbone_and_adapter
+from loftq.lab.compare.standin_rows import write_rows
 from loftq.tasks import TASKS, TaskError, evaluate, load_task_model
-from loftq.train import TrainError
+from loftq.train import OutOfMemory, TrainError
 
 CASES = [
     ("rte", "bert"), ("rte", "mpnet"), ("rte", "deberta-v3"), ("rte", "roberta"), ("rte", "llama"),
@@ -122,6 +124,18 @@ def test_a_fused_head_gives_the_losses_of_full_logits(
     plain = train(model_of("llama"), "gsm8k-loss", tmp_path / "plain", **options)
     for key in ("final_loss", "first_validation_loss", "best_validation_loss"):
         assert fused.summary[key] == pytest.approx(plain.summary[key], rel=1e-3), key
+
+
+def test_a_full_memory_counts_every_answer_of_a_choice_as_a_row(
+    train: Callable, model_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    rows = write_rows(["dream"], tmp_path / "data")
+    with pytest.raises(OutOfMemory, match=r"on a batch of 12 x \d+ = [\d,]+ tokens"):
+        train(model_of("bert"), "dream", tmp_path / "run", data=rows)
 
 
 def test_the_head_is_trained_and_seeded(
@@ -266,6 +280,14 @@ def test_options_that_cannot_be_are_refused_before_any_work(
     with pytest.raises(ValueError, match=message):
         train(model_of("bert"), "rte", tmp_path / "run", **options)
     assert not (tmp_path / "run" / "base.json").exists()
+
+
+def test_a_model_that_cannot_do_the_task_is_refused_before_it_is_quantized(
+    train: Callable, model_of: Callable, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="transformers has no AutoModelForCausalLM for mpnet"):
+        train(model_of("mpnet"), "gsm8k-loss", tmp_path / "run", cache=tmp_path / "cache")
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_baseline_wants_the_original_model(

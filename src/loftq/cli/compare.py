@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loftq.lab.compare.cells import Cell
-    from loftq.lab.compare.planned import PlannedComparison
+    from loftq.lab.compare.planned import PlannedComparison, PlannedLine
     from loftq.lab.compare.recipe import CompareRecipe
     from loftq.lab.compare.store import Row
     from loftq.lab.compare.table import Comparison
 
+FLAGS = ("output", "methods", "tasks", "seeds", "model", "against")
+"""What is easily written as a key and is none."""
 AXES = ("formats", "ranks")
 """Keys that change the matrix; all others are options of `train --task`, for every cell."""
 
@@ -116,7 +118,7 @@ def _changed(recipe: CompareRecipe, axes: dict[str, Any], words: list[str]) -> C
     from loftq.tasks.config import option_types
 
     known = {**option_types(), **dict.fromkeys(AXES, tuple[str, ...] | None)}
-    given = dict(options.collect({}, words, None, known).options)
+    given = dict(options.collect(dict.fromkeys(FLAGS), words, None, known).options)
     ranks = given.pop("ranks", None)
     axes |= {"formats": given.pop("formats", None)}
     try:
@@ -163,13 +165,21 @@ def _print_plan(out: Console, planned: PlannedComparison) -> None:
             str(entry.cells),
             "" if entry.bits_per_weight is None else f"{entry.bits_per_weight:.2f}",
             "" if entry.bytes is None else console.size(entry.bytes.total),
-            "" if entry.training_peak is None else console.size(entry.training_peak),
+            _peak(entry),
         )
     out.print(shown)
     for note in dict.fromkeys(entry.note for entry in planned.lines if entry.note):
-        out.print(f"Where no peak is shown: {note}.", style="dim")
+        over = "over: the model, its gradients and AdamW's moments, without activations"
+        out.print(f"{over}; {note}.", style="dim")
     for problem in planned.problems:
         out.print(f"cannot: {problem}")
+
+
+def _peak(entry: PlannedLine) -> str:
+    """The peak of a line's training, or what it lies above."""
+    if entry.training_peak is not None:
+        return console.size(entry.training_peak)
+    return "" if entry.training_held is None else f"over {console.size(entry.training_held)}"
 
 
 def _run(

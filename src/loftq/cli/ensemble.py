@@ -46,7 +46,7 @@ def ensemble(
         from loftq.tasks.config import option_types
 
         known = {**option_types(), "seed": int, "outside": tuple[str, ...]}
-        chosen = options.collect({}, settings, None, known).options
+        chosen = options.collect({"members": None, "task": None}, settings, None, known).options
         follower = _follower(console.side_screen())
         found = train_ensemble(
             base, task, output, members=members, device=device, follower=follower, **dict(chosen)

@@ -121,7 +121,8 @@ def collect(
     """Merge the config file, the key=value pairs and the flags, the later over the earlier.
 
     Args:
-        flags: library name -> value of the flag, None (or False, or no items) where not given.
+        flags: library name -> value of the flag, None (or False, or no items) where not given. One
+            that is no key of `known` is only named to whom gives it as a key.
         settings: "key=value" words.
         config: YAML file.
         known: every key with its type; None = those of a quantization.
@@ -132,7 +133,7 @@ def collect(
     """
     known = keys() if known is None else known
     options = {} if config is None else _from_file(config, known)
-    pairs = _pairs(settings or (), known)
+    pairs = _pairs(settings or (), known, flags)
     chosen = {key: value for key, value in flags.items() if _was_given(value)}
     twice = sorted(pairs.keys() & chosen.keys())
     if twice:
@@ -212,10 +213,12 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"unknown option {key!r}. {hint}Known: {', '.join(known)}."
 
 
-def _pairs(words: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
+def _pairs(words: Iterable[str], known: Mapping[str, Any], flags: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in words:
         key, value = _split(word)
+        if key not in known and key in flags:
+            raise typer.BadParameter(f"{key} is a flag: --{key} {value}.")
         if key not in known:
             raise typer.BadParameter(unknown_key(key, known))
         if key in found:

@@ -24,7 +24,7 @@ from loftq.formats.codebooks import even_levels
 from loftq.formats.entropy import most_informative
 from loftq.formats.spec import FormatSpec
 from loftq.ops.columns import LEAST_SCALE
-from loftq.ops.dispatch import integer_search_kernel, round_kernel, search_kernel
+from loftq.ops.dispatch import fit_kernel, integer_search_kernel, round_kernel, search_kernel
 from loftq.ops.reference import PER_TENSOR
 
 FITS = ("absmax", "mse", "sigma", "entropy")
@@ -133,6 +133,11 @@ class _GroupedGrid:
         self.bits, self.group_size = bits, group_size
 
     @property
+    def shifts(self) -> int:
+        """Zeros that a search tries with each scale, where there are zeros."""
+        return 2 if self.bits == 2 else 1
+
+    @property
     def top(self) -> int:
         return 2**self.bits - 1
 
@@ -142,8 +147,7 @@ class _GroupedGrid:
     def fit(self, W: Tensor, rule: str) -> tuple[Tensor, Tensor | None]:
         parts = []
         for _, view in _views(W, self.group_size):
-            rows = view.reshape(-1, view.shape[-1])
-            fitted = _by_rows(rows, lambda chunk: self._fit(chunk, rule))
+            fitted = self._fit_rows(view.reshape(-1, view.shape[-1]), rule)
             parts.append([column.view(view.shape[:-1]) for column in fitted])
         scales, *zeros = (torch.cat(column, -1) for column in zip(*parts, strict=True))
         return scales, zeros[0] if zeros else None
@@ -171,11 +175,11 @@ class _GroupedGrid:
         return values
 
     def round(self, W: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
-        kernel = round_kernel(W)
+        levels = self.codebook(W.device)
+        kernel = round_kernel(W, levels)
         if kernel is None:
             codes = self.encode(W, scales, zeros)
             return codes, self.decode(codes, scales, zeros)
-        levels = self.codebook(W.device)
         parts = []
         for groups, view in _views(W, self.group_size):
             rows = view.reshape(-1, view.shape[-1]).contiguous()
@@ -187,6 +191,15 @@ class _GroupedGrid:
             return parts[0][0], parts[0][1]
         codes, values = (torch.cat(column, -1) for column in zip(*parts, strict=True))
         return codes, values
+
+    def _fit_rows(self, rows: Tensor, rule: str) -> tuple[Tensor, ...]:
+        levels = self.codebook(rows.device)
+        kernel = fit_kernel(rows, levels) if rule in ("absmax", "mse") else None
+        if kernel is None:
+            return _by_rows(rows, lambda chunk: self._fit(chunk, rule))
+        ratios = SEARCH[self.bits] if rule == "mse" else ()
+        found = kernel(rows.contiguous(), levels, ratios, top=self.top, shifts=self.shifts)
+        return tuple(part for part in found if part is not None)
 
     def _fit(self, x: Tensor, rule: str) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -325,7 +338,7 @@ class IntegerGrid(_GroupedGrid):
 
     def _search(self, x: Tensor, widest: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """argmin over SEARCH * widest, and at 2 bits over two zeros, of the squared error."""
-        shifts = 2 if self.bits == 2 else 1
+        shifts = self.shifts
         kernel = integer_search_kernel(x)
         if kernel is not None:
             ratios = _ratios(self.bits, x.device)

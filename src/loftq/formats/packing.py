@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loftq.ops.dispatch import pack_kernel
 from loftq.ops.reference import planes, unpack_codes
 
 __all__ = ["pack_codes", "unpack_codes"]
@@ -17,6 +18,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     3 bits the low two bits of the row come first, four to a byte, then its high bits, eight to a
     byte. Each plane is padded with zero bits to whole bytes.
     """
+    if kernel := pack_kernel(codes):
+        row_bytes = sum(-(-codes.shape[-1] * width // 8) for width in planes(bits))
+        return kernel(codes, bits, row_bytes)
     parts, shift = [], 0
     for width in planes(bits):
         per_byte = 8 // width

@@ -67,17 +67,12 @@ def load_headed(
     """
     import transformers
 
-    _refuse_elsewhere(folder, auto_class)
+    require_class(folder, auto_class)
     torch.manual_seed(seed)
-    try:
-        with _quiet():
-            model, found = getattr(transformers, auto_class).from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=new_head, **options
-            )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise HeadError(f"{folder}: its kind of model has no {auto_class}.") from error
+    with _quiet():
+        model, found = getattr(transformers, auto_class).from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=new_head, **options
+        )
     # A head for other classes is replaced as if there were none.
     other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     other += _refit_(model, seed) if new_head else []
@@ -90,20 +85,28 @@ def load_headed(
     return Headed(model, _head(model, missing) if new_head else (), tuple(missing))
 
 
-def _refuse_elsewhere(folder: Path, auto_class: str) -> None:
-    """Refuse a class that looks for the backbone where no checkpoint has it.
+def require_class(folder: Path, auto_class: str) -> None:
+    """Refuse a model without the class, and a class that finds no backbone in any checkpoint.
 
     transformers' span classes of Llama and eleven families like it keep the backbone as
     `transformer`, all their other classes as `model`: its from_pretrained finds none of the weights
     and leaves random ones behind a warning.
+
+    Raises:
+        HeadError: either of them.
     """
     import transformers
 
     config = type(load_config(folder))
     wanted: Any = getattr(transformers, auto_class)._model_mapping.get(config, None)
+    if wanted is None:
+        raise HeadError(
+            f"{folder}: transformers has no {auto_class} for {config.model_type}. Choose another "
+            "kind of model, or a task that this one can do."
+        )
     usual: Any = transformers.AutoModel._model_mapping.get(config, None)
     places = [getattr(found, "base_model_prefix", None) for found in (wanted, usual)]
-    if None not in places and places[0] != places[1]:  # None: no such class, or several of them
+    if None not in places and places[0] != places[1]:  # None: several classes
         raise HeadError(
             f"{folder}: {wanted.__name__} keeps its backbone under {places[0]!r}, "
             f"files of this family under {places[1]!r}, so that transformers "

@@ -15,7 +15,7 @@ from loftq.lowrank import LowRank
 from loftq.methods.parts import CORRECTIONS, METRICS, NEEDS, ROUNDINGS, SCHEDULES, TRANSFORMS, Parts
 from loftq.methods.problem import LayerProblem, input_notes
 from loftq.methods.rival import better_of
-from loftq.methods.target import TARGETS
+from loftq.methods.target import ROUNDED, TARGETS
 from loftq.refine import REFINEMENTS
 from loftq.rounding import output_error, round_to_nearest
 from loftq.schedules import Alternation, frobenius
@@ -111,6 +111,9 @@ class Method:
     """a of the sequential target: 0 = W itself, 1 = all of what came before is made up for."""
     target_damping: float = 0.01
     """Of the Gram in the sequential target, in the same unit as `damping`."""
+    rounded: str = "target"
+    """What Q is made from where the target is not W: the target, or weight: W itself, so that only
+    B A makes up for what came before, and may forget it in training (projection only)."""
     damping: float = 0.01
     """Of the Gram that rounds, relative to the mean of its diagonal."""
     metric_damping: float = 1e-4
@@ -142,6 +145,7 @@ class Method:
             (self.schedule, SCHEDULES),
             (self.correction, CORRECTIONS),
             (self.target, TARGETS),
+            (self.rounded, ROUNDED),
             (self.refinement, REFINEMENTS),
         ):
             assert choice in known, f"{self.name}: {choice} is none of {', '.join(known)}"
@@ -151,6 +155,7 @@ class Method:
             ROUNDINGS[self.rounding].needs,
             "gram" if self.sequential else "none",
         )
+        assert self.rounded == "target" or self.schedule == "projection", f"{self.name}: rounded"
         assert NEEDS.index(self.needs) >= max(map(NEEDS.index, wanted)), f"{self.name}: needs"
 
     @property

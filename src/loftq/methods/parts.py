@@ -163,6 +163,8 @@ class Parts:
             self.target = sequential_target(
                 problem, blend=method.blend, damping=method.target_damping
             )
+        self.rounded = self.target if method.rounded == "target" else problem.weights
+        """What Q is made from."""
         self.metric = METRICS[method.metric].make(problem, method.metric_damping)
         self.leading: Solver = make_solver(method.solver, problem.rank, generator)
         """A plain solver, for eigenvectors."""
@@ -227,7 +229,7 @@ class Parts:
 def _alternate(parts: Parts) -> Alternation:
     method = parts.method
     return alternate(
-        parts.target,
+        parts.rounded,
         quantize=parts.rounding(),
         solver=parts.solver,
         iterations=method.iterations,
@@ -256,7 +258,8 @@ def _projected(parts: Parts, **choices: Any) -> Alternation:
     root, method = parts.metric.input, parts.method
     assert isinstance(root, CholeskyRoot), f"{method.name}: projection needs metric='gram'"
     return project(
-        parts.target,
+        parts.rounded,
+        aim=parts.target,
         root=root.factor,
         quantize_under=parts.rounding,
         solver=parts.solver,

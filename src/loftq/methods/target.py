@@ -26,6 +26,8 @@ from loftq.rounding import damped_cholesky
 
 TARGETS = ("symmetric", "sequential")
 """What statistics are taken of: the original model, or the one quantized so far."""
+ROUNDED = ("target", "weight")
+"""What Q is made from: W*, or W, which leaves W* - W to B A alone."""
 
 
 def sequential_target(problem: LayerProblem, *, blend: float, damping: float) -> Tensor:

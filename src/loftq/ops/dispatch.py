@@ -17,12 +17,17 @@ from loftq.ops.reference import PER_TENSOR
 
 MOST_TOKENS = 64
 """Tokens that the packed product takes; up to here it beat dequantize + BLAS (docs/kernels.md)."""
+MOST_TOKENS_FUSED = MOST_TOKENS
+"""Tokens that the fused product (ops/triton/many_tokens.py) takes: no more, it was not timed."""
 CUDA_TOKENS = (range(1, 9), range(17, MOST_TOKENS + 1))
 """Tokens that it takes in CUDA C++, where that was measured ahead of Triton (docs/kernels.md)."""
 MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
 """The same on a CPU (benchmarks/results/cpu.md), and for weights of at least LARGE_WEIGHT."""
 LARGE_WEIGHT = 1 << 22
 """Weights whose dense copy is fresh memory each time: its first touch costs more than decoding."""
+
+MOST_LEVELS_CPU = 16
+"""Levels of a codebook that the CPU library rounds to."""
 
 LONGEST_ROW = 16384
 """Columns of a row that a norm holds in registers."""
@@ -65,8 +70,43 @@ def why_no_search_kernel(x: Tensor) -> str:
     return ""
 
 
-def round_kernel(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The Triton rounding of grouped weights where it applies, else None for plain PyTorch."""
+def fit_kernel(
+    x: Tensor, levels: Tensor | None
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The CPU library's scales of groups, widest and searched, where it applies, else None."""
+    if why_no_rounding_on_cpu(x, levels):
+        return None
+    from loftq.ops.cpu.rounding import fit_scales
+
+    return fit_scales
+
+
+def why_no_rounding_on_cpu(x: Tensor, levels: Tensor | None) -> str:
+    """Reason that the CPU library does not round x to `levels` (None: integers); "" if it does."""
+    if x.device.type != "cpu" or x.dtype is not torch.float32:
+        return f"weights are {x.dtype} on {x.device.type}, the library takes float32 on a CPU"
+    if levels is not None and len(levels) > MOST_LEVELS_CPU:
+        return f"a codebook of {len(levels)} levels, the library holds {MOST_LEVELS_CPU}"
+    return why_no_library()
+
+
+def pack_kernel(codes: Tensor) -> Callable[[Tensor, int, int], Tensor] | None:
+    """The CPU library's packing of codes where it applies, else None for plain PyTorch."""
+    if codes.device.type != "cpu" or codes.dtype is not torch.uint8 or why_no_library():
+        return None
+    from loftq.ops.cpu.rounding import pack_codes
+
+    return pack_codes
+
+
+def round_kernel(
+    x: Tensor, levels: Tensor | None = None
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The rounding of grouped weights by the CPU library or Triton, else None (plain PyTorch)."""
+    if not why_no_rounding_on_cpu(x, levels):
+        from loftq.ops.cpu.rounding import round_rows as on_cpu
+
+        return on_cpu
     if why_no_triton(x.device):
         return None
     from loftq.ops.triton.round import round_rows
@@ -180,13 +220,52 @@ def why_no_small_linear(x: Tensor, packed: Tensor, bits: int, group_size: int) -
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
     if not 0 < tokens <= MOST_TOKENS:
         return f"{tokens} tokens: above {MOST_TOKENS}, dequantize + BLAS is faster"
+    return _why_not_these_bytes(packed, columns, bits, group_size) or why_no_kernels(packed.device)
+
+
+def many_tokens_kernel(
+    x: Tensor, packed: Tensor, bits: int, group_size: int
+) -> Callable[..., Tensor] | None:
+    """The fused product of many tokens where it applies, else None for dequantize + BLAS."""
+    if why_no_many_tokens(x, packed, bits, group_size):
+        return None
+    from loftq.ops.triton.many_tokens import many_tokens_linear
+
+    return many_tokens_linear
+
+
+def why_no_many_tokens(x: Tensor, packed: Tensor, bits: int, group_size: int) -> str:
+    """Reason that many tokens x (..., in_features) meet a dequantized weight in BLAS, or ""."""
+    tokens = x.shape[:-1].numel()
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
+    if not MOST_TOKENS < tokens <= MOST_TOKENS_FUSED:
+        return f"{tokens} tokens: above {MOST_TOKENS_FUSED}, it was not measured to be faster"
+    why = _why_not_these_bytes(packed, x.shape[-1], bits, group_size)
+    return why or why_no_fused(packed.device)
+
+
+@lru_cache
+def why_no_fused(device: torch.device) -> str:
+    """Reason that a device runs no fused product of many tokens; "" if a trial worked."""
+    if why := why_no_kernels(device):
+        return why
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "matrix instructions that take weights from registers need compute capability 9.0"
+    from loftq.ops.triton.probe import many_tokens_are_right
+
+    return _trial(many_tokens_are_right, device)
+
+
+def _why_not_these_bytes(packed: Tensor, columns: int, bits: int, group_size: int) -> str:
+    """Reason that no product reads these packed bytes on a GPU; "" if they do."""
     if bits == 8 or (group_size > 0 and group_size % 64) or group_size == PER_TENSOR:
         return f"{bits} bits, groups of {group_size}: the kernel holds 2 to 4 bits, groups of 64 up"
     if columns % 64:
         return f"in_features={columns} is not a multiple of 64"
     if packed.dtype is not torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed bytes are cast, strided or not aligned to 16 bytes"
-    return why_no_kernels(packed.device)
+    return ""
 
 
 def why_no_cuda_product(x: Tensor, members: Sequence[Any]) -> str:

@@ -17,6 +17,7 @@ from loftq.ops.direct import direct
 from loftq.ops.dispatch import (
     dequantize_kernel,
     descend_columns_kernel,
+    many_tokens_kernel,
     round_columns_kernel,
     small_linear_kernel,
 )
@@ -93,7 +94,8 @@ def quant_linear(
 ) -> Tensor:
     """x @ W^T for a packed W: (..., in_features) -> (..., out_features) in x's dtype.
 
-    With `inference` a few tokens meet the packed bytes (dispatch.why_no_small_linear says when);
+    With `inference` a few tokens meet the packed bytes, some hundred others of theirs
+    (dispatch.why_no_small_linear and why_no_many_tokens say when);
     else the weight is dequantized to x's dtype, a large one by panels of rows (ops/panels.py). The
     gradient flows to x only, and backward dequantizes again instead of keeping the weight.
 
@@ -103,7 +105,8 @@ def quant_linear(
             paths differ in rounding. The caller's word, because a compiled or checkpointed forward
             runs where `x.requires_grad` no longer tells.
     """
-    if inference and (run := small_linear_kernel(x, packed, bits, group_size)):
+    chosen = (x, packed, bits, group_size)
+    if inference and (run := small_linear_kernel(*chosen) or many_tokens_kernel(*chosen)):
         y = run(
             x.reshape(-1, x.shape[-1]), packed, scale, zero, nested, bits, group_size,
             scale_coding, levels, default_zero,
@@ -171,7 +174,7 @@ def quant_linear_lora(
             scaling,
         )  # fmt: skip
         return y.view(*x.shape[:-1], packed.shape[0])
-    y = quant_linear(x, packed, scale, zero, nested, *layout)
+    y = quant_linear(x, packed, scale, zero, nested, *layout, True)
     linear = torch.nn.functional.linear
     return y + scaling * linear(linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
 

@@ -37,6 +37,7 @@ from loftq.schedules.alternate import Alternation, Norm, Quantize
 def project(
     W: Tensor,
     *,
+    aim: Tensor | None = None,
     root: Tensor,
     quantize_under: Callable[[Tensor], Quantize],
     solver: Solver,
@@ -50,7 +51,8 @@ def project(
     """Run `iterations` steps of variable projection on a stack of weights.
 
     Args:
-        W: (n, out_features, in_features) float32.
+        W: what is rounded, (n, out_features, in_features) float32.
+        aim: what Q + B A is to be, of the same shape, where that is not W.
         root: C with C C^T = H, (n, in_features, in_features) float64.
         quantize_under: Gram (n, in_features, in_features) -> rounding under it.
         solver: best correction of a residual under H.
@@ -67,7 +69,8 @@ def project(
         Alternation without `plain_error`: rounding alone is no step of this.
     """
     H = root @ root.mT
-    whole = norm(W).clamp_min(torch.finfo(torch.float32).tiny)
+    aim = W if aim is None else aim
+    whole = norm(aim).clamp_min(torch.finfo(torch.float32).tiny)
     added = damping * H.diagonal(dim1=-2, dim2=-1).mean(-1)
     kept = torch.ones(len(W), dtype=torch.int64, device=W.device)
     errors: list[Tensor] = []
@@ -75,12 +78,12 @@ def project(
     if leading is not None:
         A = leading.solve(root.mT).A
     else:
-        A = (design or solver).solve(W - quantize_under(_raised_(H.clone(), added))(W)[1]).A
+        A = (design or solver).solve(aim - quantize_under(_raised_(H.clone(), added))(W)[1]).A
     for step in range(1, iterations + 1):
         A = normalized(A.double(), H)
         quantize = quantize_under(_raised_(without(A, H), added))
         rounded, values = quantize(less_span(W, A) if span == "subtract" else W)
-        residual = W - values
+        residual = aim - values
         correction = solver.solve(residual)
         A = (correction if design is None else design.solve(residual)).A
         error = norm(residual.sub_(correction.product())) / whole

@@ -12,7 +12,7 @@ from loftq.train.config import CONFIG_VERSION, TrainConfig, unknown_option
 
 BASELINES = ("full", "lora16")
 """Values of `method` that leave the model unquantized: full fine-tuning, and LoRA on it."""
-NOT_HERE = frozenset({"packing", "beta", "sample_tokens", "host_embedding"})
+NOT_HERE = frozenset({"packing", "beta", "sample_tokens", "host_embedding", "offload"})
 """Fields of TrainConfig that mean nothing for a task."""
 QUANTIZE_NOT_HERE = frozenset({"data", "seed"})
 """Fields of QuantizeConfig: `data` is the task's, `seed` the training's."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.integrations.discover import load_config, load_tokenizer
+from loftq.integrations.heads import require_class
 from loftq.tasks.base import Task, TaskRow
 from loftq.tasks.config import TaskConfig
 from loftq.tasks.lengths import reading_length
@@ -100,11 +101,13 @@ def read_task_inputs(
     Raises:
         TaskError: data that is missing or cannot be used, a length that the model cannot read, a
             metric that the references leave undefined.
+        HeadError: transformers has no class for this model that does the task.
         SourceError: no tokenizer.
     """
     words, config = load_tokenizer(tokenizer or folder), load_config(folder)
     if words.pad_token is None:
         words.pad_token = words.eos_token
+    require_class(folder, task.auto_class(config))
     length = reading_length(task, words, config, chosen.max_length)
     rows = read_for_training(
         task,

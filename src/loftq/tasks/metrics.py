@@ -107,7 +107,8 @@ def refuse_undefined(names: Sequence[str], references: Sequence[float], *, task:
     if name is not None and len(set(references)) == 1:
         raise TaskError(
             f"{task}: all {len(references)} references are {references[0]!r}, which leaves {name} "
-            "undefined. Take more rows (eval_rows, limit, holdout), or another split."
+            "undefined. Take more rows (eval_rows, validation_rows, holdout, limit), or another "
+            "split."
         )
 
 

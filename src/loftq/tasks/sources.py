@@ -173,9 +173,12 @@ def _checked(
     except DataError as error:
         raise TaskError(f"{task.name}: {error}") from error
     if bad.count:
-        shown = "\n".join([f"{task.name}, split {name}: {bad.count} rows cannot be used:",
-                           *bad.lines()])  # fmt: skip
-        raise TaskError(f"{shown}\nRepair the data, or train without them: on_bad_rows=skip.")
+        rows_of = "1 row" if bad.count == 1 else f"{bad.count} rows"
+        shown = "\n".join([f"{task.name}, split {name}: {rows_of} cannot be used:", *bad.lines()])
+        remedy = "Repair the data, or train without them: on_bad_rows=skip."
+        if name in task.splits.test:
+            remedy = "Repair the data: a split that is reported is never thinned."
+        raise TaskError(f"{shown}\n{remedy}")
     if not found:
         raise TaskError(f"{task.name}: the split {name} of {_named(task, data)} holds no rows.")
     return found

@@ -127,6 +127,10 @@ def build(
         if graphs:
             require_tiled(base)
     if graphs:
-        trainer.graphs = StepGraphs(model.parameters(), layers=layers_of(model))
+        trainer.graphs = StepGraphs(
+            model.parameters(),
+            layers=layers_of(model),
+            accumulates=trainer.args.gradient_accumulation_steps > 1,
+        )
         trainer.right_padded = tokenizer.padding_side == "right"
     return trainer

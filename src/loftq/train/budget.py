@@ -71,7 +71,7 @@ def fit_to(
             fixed["bits"] = None
     if "host_embedding" in given:
         fixed["embedding_on_host"] = chosen.config.host_embedding
-    if "checkpointing" in given:
+    if "checkpointing" in given or chosen.config.keep_blocks or chosen.config.offload:
         fixed["checkpointing"] = chosen.config.checkpointing
     if "max_length" in given:
         fixed["length"] = chosen.data.max_length
@@ -89,6 +89,8 @@ def fit_to(
             dtype=dtype,
             optimizer=chosen.config.optimizer,
             fused=chosen.config.fused,
+            offload=chosen.config.offload,
+            keep_blocks=chosen.config.keep_blocks,
             device=device,
         ),
     )

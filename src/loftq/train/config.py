@@ -56,12 +56,18 @@ class TrainConfig:
     checkpointing: bool = True
     """Keep only the inputs of each block and compute the rest again: much less memory, a third
     more time."""
+    keep_blocks: int = 0
+    """Of the last so many blocks keep everything, and compute the others again: faster by their
+    share of that third, for memory that is there. With checkpointing, without offload."""
     fused: bool = True
     """Compute projections that share an input together, and norms, rotary embeddings and gates in
     one kernel each, wherever that is the same as PEFT's and transformers' own."""
     graphs: bool = False
     """Launch the kernels of a step all at once, as a CUDA graph for each of a few lengths: small
     models and short batches train up to several times as fast. Keeps the memory of every graph."""
+    offload: bool = False
+    """Keep the inputs of blocks in host memory between forward and backward: they take the memory
+    of two blocks then. On a GPU, with checkpointing and without graphs."""
     host_embedding: bool = False
     """Keep the embedding table in host memory and fetch the rows of a batch: for a full GPU."""
     dtype: str = "auto"
@@ -98,7 +104,7 @@ class TrainConfig:
     """Of the order of the rows and of everything else random."""
 
     def __post_init__(self) -> None:
-        problem = self._check_numbers() or self._check_names()
+        problem = self._check_numbers() or self._check_kept() or self._check_names()
         if problem:
             raise ValueError(problem)
 
@@ -117,6 +123,19 @@ class TrainConfig:
             return (
                 f"save_steps={self.save_steps}: must be a multiple of eval_steps="
                 f"{self.eval_steps}, so that checkpoints have a validation loss."
+            )
+        return ""
+
+    def _check_kept(self) -> str:
+        if self.keep_blocks and not self.checkpointing:
+            return (
+                f"keep_blocks={self.keep_blocks}: without checkpointing every block keeps its "
+                "activations. Leave it out."
+            )
+        if self.keep_blocks and self.offload:
+            return (
+                f"keep_blocks={self.keep_blocks}: offload=true would move what those blocks keep. "
+                "Choose one of them."
             )
         return ""
 
@@ -201,6 +220,7 @@ def unknown_option(name: str, known: list[str]) -> str:
 
 
 _LEAST = {
+    "keep_blocks": 0,
     "max_steps": 1, "batch_size": 1, "gradient_accumulation": 1, "warmup": 0, "weight_decay": 0,
     "eval_steps": 1, "save_steps": 1, "keep_checkpoints": 1, "early_stop": 1, "samples": 0,
     "sample_tokens": 1,

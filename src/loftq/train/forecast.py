@@ -105,6 +105,8 @@ def forecast(
         fused=config.fused,
         optimizer=config.optimizer,
         embedding_on_host=config.host_embedding,
+        offload=config.offload,
+        keep_blocks=config.keep_blocks,
         padded=False if packing else None,
         device=device,
     )

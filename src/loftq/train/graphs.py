@@ -53,16 +53,29 @@ class StepGraphs:
     Gradients lie in buffers that stay: a graph adds to where they lay when it was captured. A
     parameter whose `.grad` is None gets its buffer back, zeroed, so that `zero_grad` works as ever.
 
+    Buffers that are there from the first step on stand beside everything that a forward keeps. Of
+    one batch a step they need not: then the first graph makes them as its backward comes to them,
+    in memory that the forward had, and writes instead of adding.
+
     Args:
         parameters: that take gradients, on one CUDA device.
         layers: of the model, which are handed masks (`masks.layers_of`).
+        accumulates: whether gradients of several batches are added up.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, layers: Iterable[nn.Module] = ()
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        layers: Iterable[nn.Module] = (),
+        accumulates: bool = True,
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.accumulates = accumulates
+        self.gradients: list[Tensor | None] = [
+            torch.zeros_like(p) if accumulates else None for p in self.parameters
+        ]
+        """Buffers, None where there is none yet."""
         self.captured: dict[Any, _Captured] = {}
         self._seen: Counter[Any] = Counter()
         self._masks = LayerMasks(layers)
@@ -85,7 +98,13 @@ class StepGraphs:
 
         Raises:
             TrainError: the step waits for the host, or takes shapes from values.
+            RuntimeError: gradients of an earlier batch are there and are not to be added to.
         """
+        if not self.accumulates and any(p.grad is not None for p in self.parameters):
+            raise RuntimeError(
+                "gradients of an earlier batch are there: call zero_grad() between steps, or make "
+                "StepGraphs with accumulates=True."
+            )
         self._place_gradients()
         key = baked, *((name, tuple(t.shape), t.dtype) for name, t in batch.items())
         self._seen[key] += 1
@@ -101,6 +120,8 @@ class StepGraphs:
     def _place_gradients(self) -> None:
         fresh = []
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if gradient is None:
+                continue
             if parameter.grad is None:
                 fresh.append(gradient)
                 parameter.grad = gradient
@@ -115,7 +136,7 @@ class StepGraphs:
         # Other threads go on meanwhile: a data loader pins memory.
         capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:
-            with _MadeThere(), self.gradients[0].device, capture:
+            with _MadeThere(), self.parameters[0].device, capture:
                 loss = step(dict(static))
         except RuntimeError as error:
             first = str(error).splitlines()[0]
@@ -124,6 +145,7 @@ class StepGraphs:
                 "graphs=false."
             ) from error
         self._pool = self._pool or graph.pool()
+        self.gradients = [p.grad for p in self.parameters]  # what this graph made is kept
         return _Captured(graph, static, loss)
 
 
@@ -156,8 +178,8 @@ class Rounded:
         """The batch of some features."""
         batch = self.collate(features)
         for name, value in self.fill.items():
-            if name in batch and batch[name].dim() == 2:
-                width = batch[name].shape[1]
+            if name in batch and batch[name].dim() > 1:  # (rows, tokens) or (rows, answers, tokens)
+                width = batch[name].shape[-1]
                 more = min(-width % self.multiple, max(0, self.longest - width))
                 batch[name] = nn.functional.pad(batch[name], (0, more), value=value)
         return batch

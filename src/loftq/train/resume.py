@@ -27,8 +27,8 @@ WEIGHTS = (
 LOCK = ".loftq-lock"  # while a process works in the folder
 STATE = "trainer_state.json"  # the last file of a checkpoint that is written
 FREE = (
-    "batch_size", "gradient_accumulation", "checkpointing", "fused", "graphs", "host_embedding",
-    "report_to", "keep_checkpoints", "samples", "sample_tokens",
+    "batch_size", "gradient_accumulation", "checkpointing", "keep_blocks", "fused", "graphs",
+    "offload", "host_embedding", "report_to", "keep_checkpoints", "samples", "sample_tokens",
 )  # fmt: skip
 """Settings that leave the result alone; of the first two the product counts."""
 OURS = (

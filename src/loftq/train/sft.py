@@ -76,7 +76,11 @@ def build(
     )
     if graphs:
         require_tiled(base_of(model))
-        trainer.graphs = StepGraphs(model.parameters(), layers=layers_of(model))
+        trainer.graphs = StepGraphs(
+            model.parameters(),
+            layers=layers_of(model),
+            accumulates=trainer.args.gradient_accumulation_steps > 1,
+        )
         trainer.tiled = trainer.right_padded = True
     return trainer
 

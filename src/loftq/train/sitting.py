@@ -23,6 +23,7 @@ from loftq.train.errors import TrainError
 from loftq.train.forecast import Forecast
 from loftq.train.graphs import why_not
 from loftq.train.listener import Briefing, Listener
+from loftq.train.offload import HostInputs, why_not_offloaded
 from loftq.train.peak import PeakMeter, capacity
 from loftq.train.place import Place
 from loftq.train.samples import earlier_samples
@@ -91,9 +92,12 @@ class Sitting(ABC):
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
             self._check_graphs()
+            self._check_offload()
             self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
+            if self.config.offload:
+                trainer.offload = HostInputs(self.place.device)
             if self.place.is_main:
                 self._brief()
             self._train(trainer)
@@ -130,6 +134,20 @@ class Sitting(ABC):
         if reason:
             raise TrainError(f"graphs=true: {reason}. Leave it out.")
 
+    def _check_offload(self) -> None:
+        """Raise where inputs of blocks were to be kept in host memory and cannot be.
+
+        Raises:
+            TrainError: with the reason.
+        """
+        reason = why_not_offloaded(
+            self.place.device,
+            checkpointing=self.config.checkpointing,
+            graphs=self.config.graphs,
+        )
+        if self.config.offload and reason:
+            raise TrainError(f"offload=true: {reason}. Leave it out.")
+
     @property
     def first_step(self) -> int:
         """Steps that earlier sittings made."""
@@ -160,6 +178,7 @@ class Sitting(ABC):
         from transformers import EarlyStoppingCallback
 
         from loftq.train.callbacks import LastStep, Recorder
+        from loftq.train.keep import KeptBlocks
 
         before = 0.0
         if self.place.is_main:
@@ -175,6 +194,8 @@ class Sitting(ABC):
             scores=scores,
         )
         callbacks: list[Any] = [self.recorder, LastStep()]
+        if self.config.keep_blocks:
+            callbacks.append(KeptBlocks(self.config.keep_blocks))
         if self.config.early_stop is not None:
             callbacks.append(EarlyStoppingCallback(self.config.early_stop))
         return callbacks
@@ -238,6 +259,8 @@ class Sitting(ABC):
         more = dict(self._scored())
         if trainer.graphs is not None:
             more["graphs"] = trainer.graphs.told
+        if trainer.offload is not None:
+            more["offload"] = trainer.offload.told
         summary = summarize(self.run, trainer.state, planned=self.steps.total)
         self.recorder.write_summary(
             {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from loftq.train.graphs import StepGraphs
 from loftq.train.masks import MASK
+from loftq.train.offload import HostInputs
 from loftq.train.padding import IGNORED
 from loftq.train.tiles import base_of, tiled_loss
 
@@ -19,9 +21,12 @@ class Watched:
     """Before a trainer of transformers or TRL in the order of bases."""
 
     batch_shape = (0, 0)
-    """Rows and tokens of a row, padding included, of the batch that is being computed."""
+    """Rows and tokens of a row, padding included, of the batch that is being computed; of a choice
+    every answer is a row."""
     graphs: StepGraphs | None = None
     """Of the steps that are trained; None = kernel by kernel."""
+    offload: HostInputs | None = None
+    """Where checkpointing keeps its inputs; None = on the device."""
     tiled = False
     """Whether what is trained is a causal language model's loss by tiles (`train.tiles`)."""
     right_padded = False
@@ -33,10 +38,16 @@ class Watched:
     ) -> Any:
         """Forward and backward of a batch, from a graph if there is one.
 
-        Its size is remembered for the message of a full memory.
+        Its size is remembered for the message of a full memory. The backward runs in the thread of
+        the forward: each thread that computes has a workspace of cuBLAS of its own, 32 MiB.
         """
-        self.batch_shape = tuple(inputs["input_ids"].shape)
-        step = super().training_step  # type: ignore[misc]
+        self.batch_shape = _rows_of_tokens(inputs["input_ids"])
+        with torch.autograd.set_multithreading_enabled(False):
+            return self._step(super().training_step, model, inputs, num_items_in_batch, **kwargs)  # type: ignore[misc]
+
+    def _step(
+        self, step: Any, model: Any, inputs: Any, num_items_in_batch: Any, **kwargs: Any
+    ) -> Any:
         if self.graphs is None:
             return step(model, inputs, num_items_in_batch, **kwargs)
         trainer: Any = self
@@ -65,7 +76,8 @@ class Watched:
         """The trainer's own loss, or the same by tiles: nats over the tokens of a step."""
         if not (self.tiled and model.training):
             own = super().compute_loss  # type: ignore[misc]
-            return own(model, inputs, return_outputs, num_items_in_batch)
+            with self.offload or nullcontext():
+                return own(model, inputs, return_outputs, num_items_in_batch)
         trainer: Any = self
         with trainer.accelerator.autocast():
             total = tiled_loss(base_of(trainer.accelerator.unwrap_model(model)), inputs)
@@ -76,7 +88,7 @@ class Watched:
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The same for a batch that is only scored."""
-        self.batch_shape = tuple(inputs["input_ids"].shape)
+        self.batch_shape = _rows_of_tokens(inputs["input_ids"])
         return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -94,3 +106,8 @@ def one_process(args: Any) -> Any:
     """
     args._n_gpu = min(1, args.n_gpu)
     return args
+
+
+def _rows_of_tokens(ids: torch.Tensor) -> tuple[int, int]:
+    """The two sizes of (rows, tokens) or (rows, answers, tokens)."""
+    return ids.shape[:-1].numel(), ids.shape[-1]

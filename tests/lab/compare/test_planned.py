@@ -54,6 +54,10 @@ def test_a_packaged_comparison_can_be_planned(name: str) -> None:
         assert entry.bytes is not None
         quantized = entry.line[1] is not None
         assert bool(entry.bytes.packed) == quantized
+        assert entry.training_held is not None
+        assert entry.training_held > entry.bytes.packed + entry.bytes.dense
+        if entry.training_peak is not None:
+            assert entry.training_held < entry.training_peak
         if quantized and planned.model.startswith("meta-llama"):
             assert entry.training_peak
             assert entry.training_peak > entry.bytes.packed
@@ -63,9 +67,13 @@ def test_the_bytes_of_a_paper_row_are_those_of_the_paper() -> None:
     lines = {entry.line: entry for entry in plan_comparison(LLAMA_7B).lines}
     mixed = {word: lines["loftq-paper", word, 64].bits_per_weight for word in ("4", "3", "2.5")}
     assert mixed == pytest.approx({"4": 4.5, "3": 3.5, "2.5": 3.0})  # float32 scales: half a bit
-    sixteen = lines["lora16", None, 64].bytes
-    assert sixteen is not None
-    assert sixteen.dense == 2 * 6_738_415_616
+    sixteen = lines["lora16", None, 64]
+    assert sixteen.bytes is not None
+    assert sixteen.bytes.dense == 2 * 6_738_415_616
+    adapters = 64 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert sixteen.training_held == 2 * 6_738_415_616 + 4 * 4 * adapters
+    (full,) = plan_comparison(LLAMA_7B.changed(methods=["full"], formats=())).lines
+    assert full.training_held == 16 * 6_738_415_616
 
 
 def test_a_line_that_cannot_be_quantized_is_named() -> None:

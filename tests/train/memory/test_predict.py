@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as hf
 
 import loftq
 import zoo
+from loftq.train.keep import keep_blocks
 from loftq.train.memory import (
     PARTS,
     TrainingSettings,
@@ -52,6 +54,7 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     prepare_for_training(model, checkpointing=settings.checkpointing, fused=settings.fused)
+    keep_blocks(model, settings.keep_blocks)
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapter, fused=True)
@@ -89,6 +92,8 @@ def measured(settings: TrainingSettings, options: dict[str, object], **changes: 
         {"length": 512, "dtype": "bf16"},
         {"length": 512, "dtype": "bf16", "fused": False},
         {"length": 512, "dtype": "fp32", "checkpointing": False},
+        {"length": 512, "dtype": "bf16", "keep_blocks": 3},
+        {"length": 512, "dtype": "bf16", "keep_blocks": 5},
     ],
 )
 def test_the_prediction_is_within_5_percent_of_a_real_step(
@@ -162,6 +167,19 @@ def test_a_mask_a_longer_row_and_more_rank_take_more() -> None:
     host = TrainingSettings(length=256, embedding_on_host=True)
     on_host = predict(subject, host)
     assert (on_host.embedding, on_host.host) == (0, 2 * 3000 * 128)
+
+
+def test_inputs_in_host_memory_are_not_on_the_device() -> None:
+    subject = subject_of_config(config(num_hidden_layers=24))
+    settings = TrainingSettings(batch_size=2, length=512)
+    here, there = predict(subject, settings), predict(subject, replace(settings, offload=True))
+    one = 2 * 512 * 128 * 2
+    assert (here.host, there.host) == (0, 24 * one)
+    assert there.activations < here.activations
+    assert 0 < here.total - there.total <= 22 * one  # two stay on the device
+    assert "offload=true" in {saving.change for saving in savings(subject, settings, count=99)}
+    kept = replace(settings, keep_blocks=4)
+    assert "keep_blocks=0" in {saving.change for saving in savings(subject, kept, count=99)}
 
 
 def test_savings_are_differences_of_predictions() -> None:

@@ -61,7 +61,7 @@ def draw(found: Comparison, path: Path) -> Path:
         else:
             named = figure.axes[0].get_legend_handles_labels()
             figure.legend(*named, loc="outside lower center", ncols=min(2, columns))
-        figure.suptitle(f"{found.recipe.name}: {found.recipe.model}", fontsize=10.5)
+        figure.suptitle(f"{found.recipe.name}: {Path(found.recipe.model).name}", fontsize=10.5)
     return path
 
 

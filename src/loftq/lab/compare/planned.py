@@ -12,12 +12,13 @@ from typing import Any
 
 from loftq.lab.compare.cells import Cell, cells
 from loftq.lab.compare.recipe import CompareRecipe
-from loftq.lab.compare.sizes import base_bytes, bits_per_weight, plan_cell
+from loftq.lab.compare.sizes import base_bytes, bits_per_weight, held_bytes, plan_cell
 from loftq.lab.compare.standin import full_size
 from loftq.lab.compare.statistics import Line
 from loftq.lab.compare.store import Bytes
 from loftq.pipeline.plan import Plan
 
+NO_PEAK = "peaks are predicted for packed causal language models only"
 HEADERS_ONLY = "headers made from the recipe's architecture: nothing was downloaded"
 
 
@@ -30,6 +31,8 @@ class PlannedLine:
     bits_per_weight: float | None
     bytes: Bytes | None
     """None where the plan has a problem."""
+    training_held: int | None
+    """Bytes that lie there throughout a training, without activations (`sizes.held_bytes`)."""
     training_peak: int | None
     """Predicted bytes on a GPU while its largest task trains; None where that cannot be said."""
     note: str
@@ -110,17 +113,19 @@ def _plan_line(found: list[Cell], folder: Path) -> PlannedLine:
         problem = f"{first.arm.name}, {first.format}, rank {first.rank}: {error}"
         return PlannedLine(
             line=first.line, cells=len(found), bits_per_weight=None, bytes=None,
-            training_peak=None, note="", problem=problem,
+            training_held=None, training_peak=None, note="", problem=problem,
         )  # fmt: skip
     if first.arm.quantizes:
         peak, note = _peak(plan, folder, found)
     else:
-        note = "predicted for packed models only"
+        note = NO_PEAK
+    stored = base_bytes(first, plan)
     return PlannedLine(
         line=first.line,
         cells=len(found),
         bits_per_weight=bits_per_weight(first, plan),
-        bytes=base_bytes(first, plan),
+        bytes=stored,
+        training_held=held_bytes(first, stored),
         training_peak=peak,
         note=note,
         problem="",
@@ -138,7 +143,7 @@ def _peak(plan: Plan, folder: Path, found: list[Cell]) -> tuple[int | None, str]
             for settings in map(_memory_settings, found)
         ), ""
     except UnknownModel:
-        return None, "predicted for causal language models only"
+        return None, NO_PEAK
 
 
 def _memory_settings(cell: Cell) -> dict[str, Any]:

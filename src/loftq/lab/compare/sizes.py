@@ -15,6 +15,8 @@ from loftq.pipeline.plan import Plan
 
 ADAPTER_ITEMSIZE = 4  # float32, as trained adapters are stored
 UNPACKED_BITS = 16.0
+TRAINING_COPIES = 4
+"""Float32 numbers for each that is trained: itself, its gradient, AdamW's two moments."""
 
 
 def plan_cell(cell: Cell, model: str | Path, *, device: str | None = None, **changes: Any) -> Plan:
@@ -49,6 +51,18 @@ def base_bytes(cell: Cell, plan: Plan) -> Bytes:
     else:
         packed, dense = 0, ORIGINAL_ITEMSIZE * (copied + plan.weights)
     return Bytes(packed=packed, dense=dense, trained=adapters)
+
+
+def held_bytes(cell: Cell, stored: Bytes) -> int:
+    """Bytes that lie on the device throughout a training: the model, gradients, AdamW's moments.
+
+    Args:
+        cell: says what is trained: adapters, or with `full` every weight, in float32.
+        stored: from `base_bytes`; a fresh head is not in it.
+    """
+    if cell.arm.adapts:
+        return stored.packed + stored.dense + TRAINING_COPIES * stored.trained
+    return TRAINING_COPIES * ADAPTER_ITEMSIZE * stored.dense // ORIGINAL_ITEMSIZE
 
 
 def bits_per_weight(cell: Cell, plan: Plan) -> float:

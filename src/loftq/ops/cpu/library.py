@@ -13,7 +13,7 @@ import torch
 
 from loftq.ops.cpu.build import built_library
 
-ABI = 2
+ABI = 3
 ISAS = ("scalar", "neon", "avx2", "avx512")
 """Instruction sets by their number in the library, each better than those before."""
 ISA = "LOFTQ_CPU_ISA"
@@ -55,6 +55,16 @@ class Projection(ctypes.Structure):
     )  # fmt: skip
 
 
+class Grid(ctypes.Structure):
+    """loftq_grid."""
+
+    _fields_ = (
+        ("levels", ctypes.c_void_p), ("ratios", ctypes.c_void_p), ("columns", ctypes.c_int64),
+        ("top", ctypes.c_int32), ("ratio_count", ctypes.c_int32), ("shifts", ctypes.c_int32),
+        ("tiny", ctypes.c_float),
+    )  # fmt: skip
+
+
 class Team(ctypes.Structure):
     """loftq_team."""
 
@@ -87,12 +97,15 @@ def load_library(path: Path) -> Library:
     functions = ctypes.CDLL(str(path))
     if functions.loftq_abi() != ABI:
         raise OSError(f"{path}: interface {functions.loftq_abi()}, expected {ABI}")
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    pointer, number, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     functions.loftq_project.argtypes = (
-        pointer, pointer, number, pointer, ctypes.c_int64, number, pointer,
+        pointer, pointer, number, pointer, count, number, pointer,
     )  # fmt: skip
     functions.loftq_dequantize.argtypes = (pointer, pointer, number, pointer)
-    functions.loftq_step.argtypes = (pointer, pointer, ctypes.c_int64, pointer, pointer)
+    functions.loftq_step.argtypes = (pointer, pointer, count, pointer, pointer)
+    functions.loftq_fit.argtypes = (pointer, pointer, pointer, count, pointer, pointer)
+    functions.loftq_round.argtypes = (pointer, pointer, pointer, count, *[pointer] * 4)
+    functions.loftq_pack.argtypes = (pointer, pointer, count, count, number, pointer)
     mask = functions.loftq_isas()
     return Library(path, functions, tuple(n for i, n in enumerate(ISAS) if mask >> i & 1))
 
@@ -173,6 +186,13 @@ def make_team(isa: str, threads: int) -> Team:
 def current_team(library: Library) -> Team:
     """As many threads as torch uses, with the current instruction set."""
     return make_team(current_isa(library), torch.get_num_threads())
+
+
+def ready() -> tuple[Library, Team]:
+    """The library and who works in it, where the dispatcher found that there is one."""
+    library = find_library()
+    assert library is not None, "the dispatcher asks first"
+    return library, current_team(library)
 
 
 @lru_cache

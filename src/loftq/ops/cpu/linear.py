@@ -20,9 +20,8 @@ from loftq.ops.cpu.library import (
     Projection,
     Team,
     Weight,
-    current_team,
-    find_library,
     make_weight,
+    ready,
 )
 from loftq.ops.reference import dynamic_map_on
 
@@ -54,7 +53,7 @@ def small_linear(
         lora_A: (rank, in_features) of any of those dtypes, with lora_B (out_features, rank).
         scaling: of the adapter.
     """
-    library, team = _ready()
+    library, team = ready()
     y = x.new_empty((x.shape[0], packed.shape[0]))
     parts = [
         None if part is None else part.to(torch.uint8).contiguous()
@@ -87,7 +86,7 @@ def dequantize(
             default_zero, torch.float32,
         )  # fmt: skip
         return out.to(dtype)
-    library, team = _ready()
+    library, team = ready()
     out = torch.empty((packed.shape[0], in_features), dtype=dtype)
     # Mixed-precision wrappers may have cast the bytes; 0..255 survive any float dtype we meet.
     parts = [
@@ -136,12 +135,6 @@ def run_projections(
             x.data_ptr(), x.shape[0], DTYPES[x.dtype], y.data_ptr(),
         )
     )  # fmt: skip
-
-
-def _ready() -> tuple[Library, Team]:
-    library = find_library()
-    assert library is not None, "the dispatcher asks first"
-    return library, current_team(library)
 
 
 NO_ADAPTER = (None, None, 0, 0, 0.0)

@@ -23,15 +23,16 @@ BLOCK_WEIGHTS = 4096
 BLOCK_COLUMNS = 256  # of one program: a multiple of every group size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _dequantize(  # type: ignore[no-untyped-def]  # arguments are Triton's
     packed_ptr, scale_ptr, zero_ptr, nested_ptr, map_ptr, levels_ptr, out_ptr,
-    rows, columns, groups, row_bytes, zero_row_bytes, default_zero,
+    start, rows, columns, groups, row_bytes, zero_row_bytes, default_zero,
     BITS: tl.constexpr, GROUP: tl.constexpr, NESTED: tl.constexpr,
     CODEBOOK: tl.constexpr, ZEROS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_out = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = start + row_out
     first = tl.program_id(1) * BLOCK_COLUMNS
     column = first + tl.arange(0, BLOCK_COLUMNS)
     here = tl.minimum(row, rows - 1)  # rows outside read the last one, and write nothing
@@ -62,7 +63,7 @@ def _dequantize(  # type: ignore[no-untyped-def]  # arguments are Triton's
     else:
         values = values - default_zero
     values = tl.reshape(values * scales[:, :, None], (BLOCK_ROWS, BLOCK_COLUMNS))
-    place = out_ptr + row[:, None] * columns + column[None, :]
+    place = out_ptr + row_out[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(place, values.to(out_ptr.dtype.element_ty), inside)
 
@@ -79,17 +80,27 @@ def dequantize(
     levels: Sequence[float],
     default_zero: float,
     dtype: torch.dtype,
+    *,
+    start: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Weights (out_features, in_features) in `dtype`; arguments as in `schema.dequantize`.
 
     One scale for the whole tensor (group_size = -1) is not held: dispatch.py says so.
+
+    Args:
+        start: the first row that is wanted.
+        out: where they go, contiguous (rows from there on, in_features) of `dtype`; None = a new
+            tensor, for all of the others.
     """
     # Mixed-precision wrappers may have cast the bytes; 0..255 survive any float dtype we meet.
     packed, scale = packed.to(torch.uint8).contiguous(), scale.to(torch.uint8).contiguous()
     zero = None if zero is None else zero.to(torch.uint8).contiguous()
     nested = None if nested is None else nested.to(torch.uint8)
-    rows = packed.shape[0]
-    out = torch.empty((rows, in_features), dtype=dtype, device=packed.device)
+    if out is None:
+        shape = (packed.shape[0] - start, in_features)
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    rows = out.shape[0]
     if not out.numel():
         return out
     block_rows = BLOCK_WEIGHTS // BLOCK_COLUMNS
@@ -101,8 +112,8 @@ def dequantize(
         _dequantize[grid](
             packed, scales, packed if zero is None else zero,
             table if nested is None else view_bytes(nested, torch.float32), table, codebook, out,
-            rows, in_features, groups, packed.shape[1], 0 if zero is None else zero.shape[1],
-            default_zero,
+            start, start + rows, in_features, groups, packed.shape[1],
+            0 if zero is None else zero.shape[1], default_zero,
             BITS=bits, GROUP=group_size, NESTED=nested is not None, CODEBOOK=bool(levels),
             ZEROS=zero is not None, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=BLOCK_COLUMNS,
             WHOLE=in_features % BLOCK_COLUMNS == 0, enable_fp_fusion=False,

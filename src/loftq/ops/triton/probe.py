@@ -12,7 +12,9 @@ from torch import Tensor
 
 from loftq.ops.columns import descend_columns_reference, round_columns_reference
 from loftq.ops.triton.columns import descend_columns, round_columns
+from loftq.ops.triton.dequantize import dequantize
 from loftq.ops.triton.linear import small_linear
+from loftq.ops.triton.many_tokens import many_tokens_linear
 from loftq.ops.triton.scale_search import search_integer_scales
 
 SHARE = 0.98
@@ -24,17 +26,36 @@ def levels_are_right(device: torch.device) -> bool:
 
     One 16 x 64 weight a width, whose rows hold every code.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 64, generator=generator).to(device, torch.bfloat16)
-    scale = torch.full((16, 1), 1.0).view(torch.uint8).to(device)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     for bits in (4, 3, 2):
-        packed = torch.randint(0, 256, (16, 8 * bits), generator=generator, dtype=torch.uint8)
-        levels = torch.linspace(-1, 1, 2**bits).tolist()
-        arguments = (x, packed.to(device), scale, None, None, bits, 64, "f32", levels, 0.0)
+        arguments = (x, *_random_packed(16, 64, bits, device))
         fast, slow = (small_linear(*arguments, portable=portable) for portable in (False, True))
         if not torch.allclose(fast, slow, rtol=0.05, atol=0.05):  # both round to bfloat16
             return False
     return True
+
+
+def many_tokens_are_right(device: torch.device) -> bool:
+    """Whether the fused product of 200 tokens gives the dense one's values for 4, 3 and 2 bits."""
+    x = torch.randn(200, 192, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    for bits in (4, 3, 2):
+        arguments = _random_packed(160, 192, bits, device)
+        tensors, layout = arguments[:4], arguments[4:]
+        weight = dequantize(*(*tensors, 192, *layout, x.dtype))
+        found = many_tokens_linear(x, *tensors, *layout)
+        if not torch.allclose(found, x @ weight.T, rtol=0.05, atol=0.1):
+            return False
+    return True
+
+
+def _random_packed(rows: int, columns: int, bits: int, device: torch.device) -> tuple:
+    """A weight of all codes, groups of 64 and scales of 1: the operators' arguments after x."""
+    generator = torch.Generator().manual_seed(bits)
+    size = (rows, columns // 8 * bits)
+    packed = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+    scale = torch.full((rows, columns // 64), 1.0).view(torch.uint8).to(device)
+    levels = torch.linspace(-1, 1, 2**bits).tolist()
+    return packed, scale, None, None, bits, 64, "f32", levels, 0.0
 
 
 def columns_are_right(device: torch.device) -> bool:

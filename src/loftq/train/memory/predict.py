@@ -11,7 +11,7 @@ without what the heap of the C library holds on to.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,14 +19,15 @@ import torch
 from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
 from loftq.train.memory.probe import BlockCost, Step, block_cost
 from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
+from loftq.train.offload import NEWEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
                "adamw_torch_8bit": 2}  # fmt: skip
 """Bytes of optimizer state per trained parameter: two moments."""
-WORKSPACES = 2 * (32 << 20)
-"""Of cuBLAS, one for each thread that computes: the forward's and the backward's; bytes on Hopper,
-a quarter of it before."""
+WORKSPACE = 32 << 20
+"""Of cuBLAS, one for each thread that computes, which is one here; bytes on Hopper, a quarter of it
+before."""
 PARTS = (
     "backbone", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "logits",
     "other",
@@ -47,6 +48,8 @@ class TrainingSettings:
     """Of weights outside of the packed layers and of activations: bf16, fp16, fp32."""
     checkpointing: bool = True
     """Keep the inputs of each block only."""
+    keep_blocks: int = 0
+    """The last blocks, of which everything is kept all the same."""
     optimizer: str = "adamw_torch_fused"
     """A key of STATE_BYTES."""
     fused: bool = True
@@ -55,6 +58,8 @@ class TrainingSettings:
     """chunked (TRL's) or full (all logits at once)."""
     embedding_on_host: bool = False
     """The embedding is in host memory (`loftq.load(..., embedding="host")`)."""
+    offload: bool = False
+    """Inputs of blocks are in host memory between forward and backward (loftq.train.offload)."""
     padded: bool | None = None
     """Whether rows are padded, which takes a mask; None = if there are several."""
     device: str = "cuda"
@@ -73,6 +78,10 @@ class TrainingSettings:
         for name in ("batch_size", "length", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.keep_blocks and (self.offload or not self.checkpointing):
+            raise ValueError(
+                f"keep_blocks={self.keep_blocks}: only with checkpointing, and not with offload."
+            )
 
     @property
     def tokens(self) -> int:
@@ -102,7 +111,7 @@ class PeakMemory:
     moment: str
     """When the peak is: a key of `_moments`."""
     host: int = 0
-    """Bytes in host memory besides: an embedding that is kept there."""
+    """Bytes in host memory besides: an embedding, inputs of blocks."""
 
     @property
     def total(self) -> int:
@@ -128,6 +137,8 @@ def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
     fixed, host = _fixed(subject, settings)
     cost = cost_of(subject, settings)
     moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
+    if settings.offload:
+        host += subject.blocks * cost.kept
     moment, variable = max(moments.items(), key=lambda item: sum(item[1].values()))
     return PeakMemory(**fixed, **variable, moment=moment, host=host)
 
@@ -151,6 +162,11 @@ def cost_of(subject: Subject, settings: TrainingSettings) -> BlockCost:
         device=settings.device,
     )
     return _cached_cost(_Key(subject), step)
+
+
+def _whole_cost(subject: Subject, settings: TrainingSettings) -> BlockCost:
+    """Of a block that keeps everything."""
+    return cost_of(subject, replace(settings, checkpointing=False, keep_blocks=0))
 
 
 def _fixed(subject: Subject, settings: TrainingSettings) -> tuple[dict[str, int], int]:
@@ -182,10 +198,15 @@ def _moments(
     """Gradients, activations, logits and the rest at each moment that can be the peak."""
     gradients = 4 * subject.adapter_parameters
     per_block = gradients // subject.blocks
-    kept = subject.blocks * cost.kept
+    held, last = subject.blocks, 1  # inputs of blocks that are on the device at either end
+    if settings.offload:
+        held = last = min(held, NEWEST)  # the one before is fetched meanwhile
+    whole = _whole_cost(subject, settings) if settings.keep_blocks else cost
+    more = min(settings.keep_blocks, subject.blocks)
+    kept = (held - more) * cost.kept + more * whole.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
-    other = cost.outside + (WORKSPACES if settings.device == "cuda" else 0)
+    other = cost.outside + (WORKSPACE if settings.device == "cuda" else 0)
     head = HeadOfLoss(
         vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
     )
@@ -209,8 +230,11 @@ def _moments(
     return {
         "loss": moment(early, kept, before, other + copies),
         "backward of the loss": moment(early, kept, after),
-        "last block": moment(rest if early else 0, kept + cost.working),
-        "first block": moment(rest, cost.kept + cost.working),
+        "last block": moment(rest if early else 0, kept + whole.working),
+        "last block that is computed again": moment(
+            rest if early else more * per_block, (held - more) * cost.kept + cost.working
+        ),
+        "first block": moment(rest, last * cost.kept + cost.working),
         "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
 

@@ -75,6 +75,12 @@ def _step_changes(
     if not settings.checkpointing:
         changed = replace(settings, checkpointing=True)
         yield "checkpointing=true", "a third more time", predict(subject, changed)
+    elif settings.keep_blocks:
+        changed = replace(settings, keep_blocks=0)
+        yield "keep_blocks=0", "those blocks are computed again", predict(subject, changed)
+    elif settings.device == "cuda" and not settings.offload:
+        changed = replace(settings, offload=True)
+        yield "offload=true", "memory of the host instead", predict(subject, changed)
     if settings.batch_size > 1:
         # The largest divisor, so that a step keeps its rows and the run can go on.
         size = settings.batch_size

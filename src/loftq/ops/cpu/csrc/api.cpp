@@ -1,5 +1,19 @@
-// Entry points for single weights: what this CPU has, products, the weight itself.
+// Entry points for single weights: what this CPU has, products, the weight itself, rounding.
 #include "project.h"
+
+namespace {
+
+// work(begin, end) for pieces of `rows` rows of some `cost` multiplications each.
+template <class F>
+int32_t by_rows(const loftq_team& team, int64_t rows, int64_t cost, const F& work) {
+  const int64_t step = ceil_div(CHUNK_WORK, cost < 1 ? 1 : cost), pieces = ceil_div(rows, step);
+  share(team, team_size(team, pieces, rows * cost), pieces, [&](int64_t piece, int) {
+    work(piece * step, (piece + 1) * step < rows ? (piece + 1) * step : rows);
+  });
+  return LOFTQ_OK;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -41,5 +55,37 @@ int32_t loftq_dequantize(const loftq_team* team, const loftq_weight* weight, int
     kernels->dequantize(*weight, begin, end, dtype, y, room.p + member * scratch);
   });
   return LOFTQ_OK;
+}
+
+int32_t loftq_fit(const loftq_team* team, const loftq_grid* grid, const float* x, int64_t groups,
+                  float* scales, float* zeros) {
+  const Kernels* kernels = kernels_of(team->isa);
+  if (!kernels || grid->columns < 1) return LOFTQ_UNSUPPORTED;
+  if (grid->ratio_count * grid->shifts > LOFTQ_TRIALS) return LOFTQ_UNSUPPORTED;
+  const int64_t columns = grid->columns, cost = columns * (1 + grid->ratio_count);
+  return by_rows(*team, groups, cost, [&](int64_t begin, int64_t end) {
+    kernels->fit(*grid, x + begin * columns, end - begin, scales + begin, zeros ? zeros + begin : zeros);
+  });
+}
+
+int32_t loftq_round(const loftq_team* team, const loftq_grid* grid, const float* x, int64_t groups,
+                    const float* scales, const float* zeros, uint8_t* codes, float* values) {
+  const Kernels* kernels = kernels_of(team->isa);
+  if (!kernels || grid->columns < 1) return LOFTQ_UNSUPPORTED;
+  return by_rows(*team, groups, grid->columns, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * grid->columns;
+    kernels->round(*grid, x + at, end - begin, scales + begin, zeros ? zeros + begin : zeros, codes + at,
+                   values + at);
+  });
+}
+
+int32_t loftq_pack(const loftq_team* team, const uint8_t* codes, int64_t rows, int64_t columns,
+                   int32_t bits, uint8_t* packed) {
+  const Kernels* kernels = kernels_of(team->isa);
+  if (!kernels) return LOFTQ_UNSUPPORTED;
+  return by_rows(*team, rows, columns, [&](int64_t begin, int64_t end) {
+    kernels->pack(codes + begin * columns, end - begin, columns, bits,
+                  packed + begin * packed_bytes(columns, bits));
+  });
 }
 }

@@ -64,6 +64,4 @@ inline void dequantize_any(const loftq_weight& w, int64_t begin, int64_t end, in
   }
 }
 
-constexpr Kernels KERNELS = {Isa::lanes, product_scratch, prepare, product_any, dot, attend, dequantize_any};
-
 }  // namespace

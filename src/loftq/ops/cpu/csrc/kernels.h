@@ -44,6 +44,11 @@ struct Kernels {
   void (*attend)(const float* q, const Cache&, int64_t count, float scaling, float* out, float* scratch);
   void (*dequantize)(const loftq_weight&, int64_t begin, int64_t end, int32_t dtype, void* y,
                      float* scratch);
+  // Of `rows` groups: scales and zeros (null without); codes and values under them; packed rows.
+  void (*fit)(const loftq_grid&, const float* x, int64_t rows, float* scales, float* zeros);
+  void (*round)(const loftq_grid&, const float* x, int64_t rows, const float* scales, const float* zeros,
+                uint8_t* codes, float* values);
+  void (*pack)(const uint8_t* codes, int64_t rows, int64_t columns, int bits, uint8_t* packed);
 };
 
 const Kernels* scalar_kernels();

@@ -20,9 +20,11 @@ inline int64_t low_bytes(const loftq_weight& w) {
   return ceil_div(w.columns * (w.bits == 3 ? 2 : w.bits), 8);
 }
 
-inline int64_t row_bytes(const loftq_weight& w) {
-  return low_bytes(w) + (w.bits == 3 ? ceil_div(w.columns, 8) : 0);
+constexpr int64_t packed_bytes(int64_t columns, int bits) {
+  return bits == 3 ? ceil_div(columns, 4) + ceil_div(columns, 8) : ceil_div(columns * bits, 8);
 }
+
+inline int64_t row_bytes(const loftq_weight& w) { return packed_bytes(w.columns, w.bits); }
 
 inline int64_t groups(const loftq_weight& w) { return w.group ? ceil_div(w.columns, w.group) : 1; }
 

@@ -1,4 +1,4 @@
-// The C ABI of the CPU library: packed weights, adapters, products. No torch, no Python.
+// The C ABI of the CPU library: packed weights, adapters, products, rounding. No torch, no Python.
 //
 // Every pointer is borrowed for the call. Tensors are contiguous and row-major; the packed layout is
 // that of checkpoint/SPEC.md, and packed bytes may start at any address. Functions return one of the
@@ -6,7 +6,8 @@
 #pragma once
 #include <cstdint>
 
-#define LOFTQ_ABI 2
+#define LOFTQ_ABI 3
+#define LOFTQ_TRIALS 32
 #define LOFTQ_API __attribute__((visibility("default")))
 
 extern "C" {
@@ -48,6 +49,17 @@ struct loftq_projection {
   int32_t bias_dtype;
 };
 
+// What groups of `columns` weights are rounded to, and how their scale is found: the smallest that clips
+// nothing, or of its multiples by `ratios` the one with the least squared error. levels: top + 1 = 4, 8
+// or 16 of them, ascending, or null: scale * (code - zero), and `shifts` zeros from the first one up are
+// tried; LOFTQ_TRIALS scales and zeros at most. A scale is at least `tiny`, and 0 divides as `tiny`.
+struct loftq_grid {
+  const float *levels, *ratios;
+  int64_t columns;
+  int32_t top, ratio_count, shifts;
+  float tiny;
+};
+
 // Which instructions run, on how many threads. `fork` is GOMP_parallel of the OpenMP runtime that the
 // process already uses, so that no second team competes with it; null = the calling thread alone.
 struct loftq_team {
@@ -86,6 +98,19 @@ LOFTQ_API int32_t loftq_project(const loftq_team* team, const loftq_projection* 
 
 // y (rows x columns) of `dtype`: the weight itself, to the bit as ops/reference.py has it.
 LOFTQ_API int32_t loftq_dequantize(const loftq_team* team, const loftq_weight* weight, int32_t dtype, void* y);
+
+// scales and, of integers, zeros (groups) of x (groups x columns).
+LOFTQ_API int32_t loftq_fit(const loftq_team* team, const loftq_grid* grid, const float* x, int64_t groups,
+                            float* scales, float* zeros);
+
+// codes and values (groups x columns) nearest to x under scales and zeros as they are stored.
+LOFTQ_API int32_t loftq_round(const loftq_team* team, const loftq_grid* grid, const float* x,
+                              int64_t groups, const float* scales, const float* zeros, uint8_t* codes,
+                              float* values);
+
+// Packed rows of codes (rows x columns) below 2^bits.
+LOFTQ_API int32_t loftq_pack(const loftq_team* team, const uint8_t* codes, int64_t rows, int64_t columns,
+                             int32_t bits, uint8_t* packed);
 
 // One token: x (hidden) float32 is its embedding and is overwritten, `position` counts from 0 and lies
 // below the capacity; its keys and values are added to the cache. logits are (head rows) float32.

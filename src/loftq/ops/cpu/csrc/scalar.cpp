@@ -3,5 +3,7 @@
 #include "product.h"
 #include "attend.h"
 #include "dequantize.h"
+#include "rounding.h"
+#include "table.h"
 
 const Kernels* scalar_kernels() { return &KERNELS; }
