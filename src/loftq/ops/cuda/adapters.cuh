@@ -5,8 +5,8 @@
 // block that waits in vain (those that have the units may not run) computes them itself, to the
 // same bits: so nothing depends on which blocks run at once.
 //
-// Definitions: those of work.cuh; EARLY (early.cuh); RANKED is the bytes of an adapter's number: 2, of x's dtype, or 4,
-// float32, used in x's; 0: no adapters.
+// Definitions: those of work.cuh; EARLY (early.cuh); RANKED is the bytes of an adapter's number: 2,
+// of x's dtype, or 4, float32, used in x's; 0: no adapters.
 #pragma once
 
 #include "work.cuh"

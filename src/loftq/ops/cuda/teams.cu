@@ -17,8 +17,6 @@ constexpr int TEAM = WARPS / SPAN, SLABS = TEAM / 4;  // warps of a tile
 constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
 constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
 
-// What a lane asks for in every tile is worked out once: a tile has few instructions to spare.
-
 // Ask for the scales of a tile, lane by lane those of a row.
 __device__ __forceinline__ void ask_scales(
     u32 stage, const u8 *scale, const u8 *nested, const Layout &w, int tile, int lane, int row) {
@@ -29,6 +27,7 @@ __device__ __forceinline__ void ask_scales(
     if (RUN) copy_async<4>(to + SLAB * SCALES + lane * 4, nested + 4 + at / 256 * 4);
 }
 
+// What a lane asks for in every tile is worked out once: a tile has few instructions to spare.
 struct Tokens {  // of x: a row of 512 bytes for each turn of a warp
     const u8 *from;
     u32 to;
