@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loftq.ops import dequantize
 from loftq.ops.cuda.few_tokens import MOST_TOKENS, few_tokens
-from loftq.ops.cuda.plan import FewTokens, Launch, MoreTokens
+from loftq.ops.cuda.plan import FewTokens, Launch, MoreTokens, Teams
 from loftq.ops.few_tokens import Member
 from loftq.ops.triton.linear import Launch as TritonLaunch
 from loftq.ops.triton.linear import small_linear
@@ -31,8 +31,10 @@ def launches(tokens: int) -> Iterator[Launch]:
     """Launches of the CUDA product around its defaults."""
     if tokens > 8:
         most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        for slabs, slab in ((3, 32), (6, 16), (2, 32), (2, 16), (1, 32)):
+        for slabs, slab in ((3, 32), (2, 32), (2, 16), (1, 32)):
             yield MoreTokens(slabs=slabs, slab=slab, tokens=most)
+        for slabs, slab, span in ((3, 32, 1), (6, 16, 1), (2, 16, 1), (2, 16, 2)):
+            yield Teams(slabs=slabs, slab=slab, tokens=most, span=span)
     if tokens > 16:
         return
     most = 8 if tokens <= 8 else 16
@@ -100,12 +102,14 @@ def routes(
     yield f"cuda r={rank}", partial(cuda, None, False, adapter)
     yield f"cuda overlapping r={rank}", partial(cuda, None, True, adapter)
     for launch in () if default else launches(tokens):
-        name = " ".join(f"{key.lower()}={value}" for key, value in launch.definitions)
+        name = " ".join(
+            [launch.source, *(f"{key.lower()}={value}" for key, value in launch.definitions)]
+        )
         yield f"cuda {name}", partial(cuda, launch, True, ())
         if isinstance(launch, FewTokens):
-            late = replace(launch, early=False)
+            early = replace(launch, early=True)
             yield f"cuda {name} r={rank}", partial(cuda, launch, True, adapter)
-            yield f"cuda {name} late r={rank}", partial(cuda, late, True, adapter)
+            yield f"cuda {name} early r={rank}", partial(cuda, early, True, adapter)
 
 
 def main() -> None:

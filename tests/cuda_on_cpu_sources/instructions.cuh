@@ -67,6 +67,7 @@ Barrier block;
 std::vector<Warp> warps;
 inline void __syncthreads() { block.wait(); }
 inline void __syncwarp() { warps[threadIdx.x / 32].all.wait(); }
+inline void __threadfence() {}
 bool any;
 inline int __syncthreads_or(int value) {
     any |= value != 0;

@@ -11,7 +11,7 @@ from loftq.ops import dispatch
 from loftq.ops.cuda import few_tokens as module
 from loftq.ops.cuda import plan, probe
 from loftq.ops.cuda.few_tokens import few_tokens, why_not
-from loftq.ops.cuda.plan import FewTokens, MoreTokens
+from loftq.ops.cuda.plan import FewTokens, MoreTokens, Teams
 from loftq.ops.few_tokens import Member
 from packed_product import Problem, Stacked, check_overlap
 
@@ -29,7 +29,9 @@ CASES = (
     ("snf3-bf16", (1,), 256, 1, FewTokens(warps=2, slab=16, ahead=1)),
     ("nf2-bf16", (60,), 512, 33, MoreTokens(slabs=2, slab=16, tokens=64)),
     ("nf4", (40, 9), 512, 16, MoreTokens(slabs=1, tokens=16)),
-    ("nf4", (40, 9), 768, 20, MoreTokens(slabs=1, slab=16, tokens=32, span=2)),
+    ("nf4", (40, 9), 768, 20, Teams(slabs=1, slab=16, tokens=32, span=2)),
+    ("nf3", (60,), 512, 33, Teams(slabs=1, slab=32, tokens=64)),
+    ("nf2", (40, 7, 33), 768, 5, FewTokens(warps=3, slab=32, ahead=1, early=True)),
 )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def test_adapters_added_up_early_give_the_same_bits(compiler, monkeypatch):
     launch = FewTokens(warps=2, slab=16, ahead=1)
     early, late = (
         few_tokens(made[0].x, given, launch=shape, overlap=False)
-        for shape in (launch, replace(launch, early=False))
+        for shape in (replace(launch, early=True), launch)
     )
     check(early, made, True)
     assert torch.equal(early, late)

@@ -1,12 +1,12 @@
 // s A x^T of a launch's adapters, by its own blocks.
 //
 // It is cut into units of 16 rows of A by `chunk` tiles of columns, one for a warp here and there;
-// they write partial sums, and every block adds all of its weight's, in one order. A block that
-// waits in vain (those that have the units may not run) computes them itself, to the same bits: so
-// nothing depends on which blocks run at once.
+// they write partial sums, and every block adds all of its weight's at its end, in one order. A
+// block that waits in vain (those that have the units may not run) computes them itself, to the
+// same bits: so nothing depends on which blocks run at once.
 //
-// Definitions: those of work.cuh; RANKED is the bytes of an adapter's number: 2, of x's dtype, or 4,
-// float32, used in x's; 0: no adapters.
+// Definitions: those of work.cuh; EARLY (early.cuh); RANKED is the bytes of an adapter's number: 2,
+// of x's dtype, or 4, float32, used in x's; 0: no adapters.
 #pragma once
 
 #include "work.cuh"
@@ -92,16 +92,19 @@ __device__ __forceinline__ void finish_unit(
             if (token < s.tokens && row < s.rank)
                 to[token * s.rank + row] = sums[n][i] * s.weights[u.member].scaling;
         }
+#if !EARLY
+    __threadfence();
+    __syncwarp();
+#endif
 }
 
-#if TOKENS > 16  // its registers would be the loop's beside it
-#define APART __noinline__
+// Units first, first + step, ... of a warp. Not inlined: its registers are not the loop's beside it.
+#if EARLY
+__device__ __forceinline__
 #else
-#define APART __forceinline__
+__device__ __noinline__
 #endif
-
-// Units first, first + step, ... of a warp.
-__device__ APART void compute_units(const Arguments &s, int first, int step, int lane) {
+void compute_units(const Arguments &s, int first, int step, int lane) {
     for (int i = first; i < units_of(s); i += step) {
         Unit u(s, i);
         Slice slice;
@@ -120,9 +123,7 @@ struct OwnUnits {
     }
     // Said once all of them are written.
     __device__ __forceinline__ void done(const Arguments &s, int lane) const {
-        if (count == 0) return;
-        __syncwarp();
-        if (lane == 0) add_release(s.counts, static_cast<u32>(count));
+        if (count && lane == 0) atomicAdd(s.counts, static_cast<u32>(count));
     }
 };
 
@@ -163,8 +164,8 @@ __device__ __forceinline__ void load_b(
     }
 }
 
-// This thread's part of s A x^T of the block's weight, (tokens, rank), into shared memory; 0 where a
-// row of stacked adapters is not the token's own.
+// s A x^T of this block's weight, (tokens, rank), into shared memory; 0 where a row of stacked
+// adapters is not the token's own.
 __device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
     int pitch = rank_pitch(s) / 2, ranks = pitch - 8, size = s.tokens * s.rank;
     const float *parts = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size;
@@ -178,50 +179,25 @@ __device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
                 total += load_fresh(parts + part * size + token * s.rank + r);
         to[token * pitch + r] = static_cast<u16>(pair(total, 0.0f));
     }
-}
-
-// The same if all units are done by now; whether they were. A warp without a part says yes.
-__device__ __forceinline__ bool add_units_early(const Arguments &s, const Place &p) {
-    if (p.warp * 32 >= s.tokens * ((s.rank + 63) / 64 * 64)) return true;
-    if (load_acquire(s.counts) != static_cast<u32>(units_of(s))) return false;
-    add_units(s, p);
-    return true;
-}
-
-// How many blocks had left before this one, which will not look at the units again; said to one
-// thread, which hands it to `leave`.
-__device__ __forceinline__ u32 leaving(const Arguments &s) {
-    return threadIdx.x == THREADS - 1 ? atomicAdd(s.counts + 1, 1u) : 0;
-}
-__device__ __forceinline__ void leave(const Arguments &s, u32 before) {
-    if (threadIdx.x == THREADS - 1 && before == gridDim.x - 1)
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(s.counts + 1, 1u) == gridDim.x - 1)
         s.counts[0] = s.counts[1] = 0;  // every block has counted all of its units
 }
 
-struct Rows {  // of B: a slab by 64 ranks
-    uint4 halves[SLAB / 16][2][2];
-    __device__ __forceinline__ void load(const Arguments &s, const Place &p, int slab, int at) {
-#pragma unroll
-        for (int r = 0; r < SLAB / 16; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int row = p.row(slab, (r * 2 + h) * 8 + p.lane / 4);
-                load_b(halves[r][h], s, p, row, at + p.lane % 4 * 16);
-            }
-    }
-};
-
 // sums of a slab += B (s A x^T) for the ranks at .. at + 63
 __device__ __forceinline__ void add_adapter(
-    float sums[SLAB / 16][BLOCKS][4], const Rows &b, const Arguments &s, const Place &p, int at) {
+    float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p, int slab, int at) {
     int pitch = rank_pitch(s);
     int of_lane = at + p.lane % 4 * 16;
 #pragma unroll
     for (int r = 0; r < SLAB / 16; r++) {
         u32 low[8], high[8];
+        uint4 rows[2][2];
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            low[i] = word_of(b.halves[r][0], i), high[i] = word_of(b.halves[r][1], i);
+        for (int h = 0; h < 2; h++)
+            load_b(rows[h], s, p, p.row(slab, (r * 2 + h) * 8 + p.lane / 4), of_lane);
+#pragma unroll
+        for (int i = 0; i < 8; i++) low[i] = word_of(rows[0], i), high[i] = word_of(rows[1], i);
 #pragma unroll
         for (int n = 0; n < BLOCKS; n++) {
             uint4 x[2];

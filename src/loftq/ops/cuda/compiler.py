@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-HEADERS = ("instructions.cuh", "decode.cuh", "work.cuh", "adapters.cuh")
+HEADERS = ("instructions.cuh", "decode.cuh", "work.cuh", "adapters.cuh", "early.cuh")
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 MULTIPROCESSORS, MAX_SHARED_OPT_IN = 16, 97  # CUdevice_attribute
 OVERLAP = 6  # CUlaunchAttributeID: programmatic stream serialization

@@ -94,16 +94,6 @@ __device__ __forceinline__ void ask_plane(
     }
 }
 
-// Ask for the scales of a tile, lane by lane those of a row.
-__device__ __forceinline__ void ask_scales(
-    u32 stage, const u8 *scale, const u8 *nested, const Layout &w, int tile, int lane, int row) {
-    if (lane >= SLAB) return;
-    u64 at = static_cast<u64>(row) * w.groups + tile * (256 / GROUP);
-    u32 to = stage + SLAB * (PLANE + HIGH);
-    copy_async<SCALES>(to + lane * SCALES, scale + at * ITEM);
-    if (RUN) copy_async<4>(to + SLAB * SCALES + lane * 4, nested + 4 + at / 256 * 4);
-}
-
 // Ask for a tile of a weight.
 template <class Rows>
 __device__ __forceinline__ void ask(
@@ -114,7 +104,12 @@ __device__ __forceinline__ void ask(
     const u8 *high = packed + w.columns / 4 + tile * HIGH;
     ask_plane<HIGH>(stage + SLAB * PLANE, high, w.row_bytes, lane, row_of);
 #endif
-    ask_scales(stage, scale, nested, w, tile, lane, row_of(lane));
+    if (lane < SLAB) {
+        u64 at = static_cast<u64>(row_of(lane)) * w.groups + tile * (256 / GROUP);
+        u32 to = stage + SLAB * (PLANE + HIGH);
+        copy_async<SCALES>(to + lane * SCALES, scale + at * ITEM);
+        if (RUN) copy_async<4>(to + SLAB * SCALES + lane * 4, nested + 4 + at / 256 * 4);
+    }
 }
 
 // Scale of row h of this lane in columns 64 g .. 64 g + 63 of a tile.

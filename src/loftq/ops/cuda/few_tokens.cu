@@ -6,14 +6,12 @@
 // - A block owns `share` rows of one weight, in slabs of `height` <= SLAB; its warps take (slab,
 //   tile) pairs in turn, with AHEAD of them on their way, and never wait for each other until the
 //   end: every warp adds into sums of its own, and they are added up once, in one order.
-// - s A x^T comes from the same blocks (adapters.cuh), and B is multiplied with it at the end. With
-//   EARLY a warp adds its part of it up while its last tile is on its way, and has its rows of B in
-//   registers before the block meets; else the block does one after the other once it has met.
+// - s A x^T comes from the same blocks (adapters.cuh), and B is multiplied with it at the end.
 // - Weights and adapters are asked for before the launch waits for the kernel that writes x.
 //
-// Definitions: those of adapters.cuh (TOKENS: 8 or 16), AHEAD, EARLY.
+// Definitions: those of adapters.cuh (TOKENS: 8 or 16), AHEAD, EARLY (early.cuh).
 
-#include "adapters.cuh"
+#include "early.cuh"
 
 struct Cursor {  // a warp's way through the (slab, tile) pairs of its block
     int slab, tile;
@@ -103,9 +101,12 @@ few_tokens(const __grid_constant__ Arguments s) {
 #if RANKED
     if (units.count) finish_unit(slice, s, unit, p.lane);
     if (units.count > 1) compute_units(s, units.first + units.step, units.step, p.lane);
-    // A warp that has more than a tile does not wait until all can see its units.
-    bool said = !EARLY || ahead.slab >= p.slabs, added = false;
-    if (said) units.done(s, p.lane);
+#if EARLY  // a warp that has more than a tile decodes one before it says so
+    bool said = ahead.slab >= p.slabs, added = false;
+    if (said) say_done(units, s, p.lane);
+#else
+    units.done(s, p.lane);
+#endif
 #endif
     float *own = FLOATS(s.sums) + p.warp * size;
     float sums[SLAB / 16][BLOCKS][4] = {};
@@ -123,28 +124,36 @@ few_tokens(const __grid_constant__ Arguments s) {
             slab = here.slab;
         }
 #if RANKED && EARLY
-        if (!said) units.done(s, p.lane), said = true;
+        if (!said) say_done(units, s, p.lane), said = true;
         if (!added && ahead.slab >= p.slabs) added = add_units_early(s, p);
 #endif
     }
     wait_copies<0>();
-#if RANKED
+#if RANKED && EARLY
     int ranks = (s.rank + 63) / 64, parts = p.slabs * ranks, i = p.warp;
     Rows b;
-    if (EARLY && i < parts) b.load(s, p, i / ranks, i % ranks * 64);
-    if (!EARLY || __syncthreads_or(!added)) {
+    if (i < parts) b.load(s, p, i / ranks, i % ranks * 64);
+    if (__syncthreads_or(!added)) {
         wait_for_units(s, p);
-        add_units(s, p);
+        add_own_units(s, p);
         __syncthreads();
         if (i < parts) b.load(s, p, i / ranks, i % ranks * 64);
     }
     u32 before = leaving(s);
     while (i < parts) {
         float more[SLAB / 16][BLOCKS][4] = {};
-        add_adapter(more, b, s, p, i % ranks * 64);
+        add_rows(more, b, s, p, i % ranks * 64);
         put(more, own, s, p, i / ranks);
         i += WARPS;
         if (i < parts) b.load(s, p, i / ranks, i % ranks * 64);
+    }
+#elif RANKED
+    wait_for_units(s, p);
+    add_units(s, p);
+    int ranks = (s.rank + 63) / 64;
+    for (int i = p.warp; i < p.slabs * ranks; i += WARPS) {
+        add_adapter(sums, s, p, i / ranks, i % ranks * 64);
+        put(sums, own, s, p, i / ranks);
     }
 #endif
     __syncthreads();
@@ -157,7 +166,7 @@ few_tokens(const __grid_constant__ Arguments s) {
         s.y[static_cast<u64>(token) * s.rows + w.before + p.first + row] =
             static_cast<u16>(pair(total, 0.0f));
     }
-#if RANKED
+#if RANKED && EARLY
     leave(s, before);
 #endif
 }

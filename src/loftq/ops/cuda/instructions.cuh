@@ -117,6 +117,7 @@ __device__ __forceinline__ u32 load_acquire(const u32 *p) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
+
 // Seen by others no earlier than what this warp wrote before its last `__syncwarp`.
 __device__ __forceinline__ void add_release(u32 *p, u32 value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(p), "r"(value) : "memory");

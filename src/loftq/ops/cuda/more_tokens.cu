@@ -5,58 +5,26 @@
 // - a block of SLABS slabs goes through the columns in step: a tile of 256 columns of x and the
 //   block's weights is in shared memory while the next one is on its way;
 // - warp (slab, g) has columns 64 g .. 64 g + 63 of every tile, decodes them once for all tokens,
-//   and the sums of a slab are added up at the end, in one order;
-// - with few rows SPAN tiles are taken at once, each by warps of its own.
+//   and the four sums of a slab are added up at the end, in one order.
 //
-// Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS SPAN), SPAN.
+// Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS).
 
 #include "adapters.cuh"
 
-constexpr int TEAM = WARPS / SPAN, SLABS = TEAM / 4;  // warps of a tile
+constexpr int SLABS = WARPS / 4;
 constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
 constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
 
-// What a lane asks for in every tile is worked out once: a tile has few instructions to spare.
-
-struct Tokens {  // of x: a row of 512 bytes for each turn of a warp
-    const u8 *from;
-    u32 to;
-    __device__ __forceinline__ Tokens(const Arguments &s, const Place &p)
-        : from(row(s, p.warp % TEAM) + p.lane * 16), to(p.warp % TEAM * PITCH + p.lane * 16) {}
-    static __device__ __forceinline__ const u8 *row(const Arguments &s, int token) {
-        return reinterpret_cast<const u8 *>(s.x) + static_cast<u64>(token) * s.layout.columns * 2;
+// The next tile of x, by the warps that ask for no weights.
+__device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p, int tile) {
+    constexpr int HELPERS = (WARPS - SLABS) * 32;
+    int helper = (p.warp - p.warp / 4 - 1) * 32 + p.lane;
+    for (int i = helper; i < s.tokens * 32; i += HELPERS) {
+        int token = i / 32, at = i % 32 * 16;
+        u64 from = (static_cast<u64>(token) * s.layout.columns + tile * 256) * 2 + at;
+        copy_async<16>(to + token * PITCH + at, reinterpret_cast<const u8 *>(s.x) + from);
     }
-    __device__ __forceinline__ void ask(
-        u32 stage, const Arguments &s, const Place &p, int tile) const {
-#pragma unroll
-        for (int turn = 0; turn < (TOKENS + TEAM - 1) / TEAM; turn++)
-            if (p.warp % TEAM + turn * TEAM < s.tokens)
-                copy_async<16>(
-                    stage + to + turn * (TEAM * PITCH),
-                    from + static_cast<u64>(turn * TEAM) * s.layout.columns * 2 + tile * 512);
-    }
-};
-
-template <int BYTES> struct Quarter {  // warp g's of a plane of BYTES bytes a row in a slab
-    static constexpr int PIECES = BYTES / 16, COPIES = SLAB * PIECES / 32, TURNS = (COPIES + 3) / 4;
-    const u8 *from[TURNS];
-    u32 to[TURNS];
-    __device__ __forceinline__ Quarter(
-        const u8 *plane, const Arguments &s, const Place &p, int slab, int g) {
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            int row = ((turn * 4 + g) * 32 + p.lane) / PIECES, at = p.lane % PIECES * 16;
-            from[turn] = plane + static_cast<u64>(p.row(slab, row)) * s.layout.row_bytes + at;
-            to[turn] = placed<BYTES>(row, at);
-        }
-    }
-    __device__ __forceinline__ void ask(u32 stage, int g, int tile) const {
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++)
-            if (COPIES % 4 == 0 || turn * 4 + g < COPIES)
-                copy_async<16>(stage + to[turn], from[turn] + tile * BYTES);
-    }
-};
+}
 
 __device__ __forceinline__ void compute(
     float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p,
@@ -71,11 +39,11 @@ __device__ __forceinline__ void compute(
         for (int i = 0; i < 2; i++)
             scale[r][i] = scale_of(stage, s.map_copies, 2 * r + i, g, offset, p.lane);
     }
-    u32 from = x_stage + p.lane / 4 * PITCH + g * 128 + p.lane % 4 * 32;
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) {
         uint4 x[2];
-        columns_of(x, from + n * 8 * PITCH);  // what is no token's goes into sums of its own
+        int token = min(n * 8 + p.lane / 4, s.tokens - 1);  // the others' sums are not looked at
+        columns_of(x, x_stage + token * PITCH + g * 128 + p.lane % 4 * 32);
 #pragma unroll
         for (int r = 0; r < SLAB / 16; r++) {
             float part[4] = {};
@@ -86,7 +54,7 @@ __device__ __forceinline__ void compute(
     }
 }
 
-// Sums of warp (slab, g) into shared memory, or added to what it put there, (4 SPAN, tokens, share).
+// Sums of warp (slab, g) into shared memory, or added to what it put there, (4, tokens, share).
 template <bool ADD> __device__ __forceinline__ void put(
     float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p,
     int slab, int g) {
@@ -110,26 +78,17 @@ more_tokens(const __grid_constant__ Arguments s) {
     if (address_of(memory) != BASE) __trap();
     const Place p = place_of(s);
     const Weight w = *p.w;
-    int slab = p.warp % TEAM / 4, g = p.warp % 4, team = p.warp / TEAM;
-    auto stage_of = [&](int tile) { return s.ring + tile % (2 * SPAN) * ALL; };
-    const Tokens tokens(s, p);
-    const Quarter<PLANE> codes(w.packed, s, p, slab, g);
-#if BITS == 3
-    const Quarter<HIGH> high(w.packed + s.layout.columns / 4, s, p, slab, g);
-#endif
+    int slab = p.warp / 4, g = p.warp % 4;
     auto ask_weights = [&](int tile) {
-        u32 to = stage_of(tile) + X_STAGE + slab * STAGE;
-        if (slab >= p.slabs || tile >= p.tiles) return;
-        codes.ask(to, g, tile);
-#if BITS == 3
-        high.ask(to + SLAB * PLANE, g, tile);
-#endif
-        if (g == 3) ask_scales(to, w.scale, w.nested, s.layout, tile, p.lane, p.row(slab, p.lane));
+        u32 to = s.ring + tile % 2 * ALL + X_STAGE + slab * STAGE;
+        if (g == 0 && slab < p.slabs && tile < p.tiles)
+            ask(to, w.packed, w.scale, w.nested, s.layout, tile, p.lane,
+                [&](int r) { return p.row(slab, r); });
     };
     auto ask_tokens = [&](int tile) {
-        if (tile < p.tiles) tokens.ask(stage_of(tile), s, p, tile);
+        if (g != 0 && tile < p.tiles) ask_x(s.ring + tile % 2 * ALL, s, p, tile);
     };
-    ask_weights(team);
+    ask_weights(0);
 #if RANKED
     const OwnUnits units(s, p);
     prefetch_b(s, p);
@@ -138,7 +97,7 @@ more_tokens(const __grid_constant__ Arguments s) {
     fill_map(s.map_copies, s.map, THREADS);
     float offset = SCALE == 0 ? *reinterpret_cast<const float *>(w.nested) : 0.0f;
     wait_for_producer();
-    ask_tokens(team);
+    ask_tokens(0);
     commit_copies();
 #if RANKED
     if (units.count) compute_units(s, units.first, units.step, p.lane);
@@ -146,31 +105,26 @@ more_tokens(const __grid_constant__ Arguments s) {
 #endif
     float sums[SLAB / 16][BLOCKS][4] = {};
     u32 bank = bank_of(p.lane);
-    for (int first = 0; first < p.tiles; first += SPAN) {
-        int tile = first + team;
+    for (int tile = 0; tile < p.tiles; tile++) {
         wait_copies<0>();
         __syncthreads();  // this tile is there, and nobody reads the one before
-        ask_weights(tile + SPAN);
-        ask_tokens(tile + SPAN);
+        ask_weights(tile + 1);
+        ask_tokens(tile + 1);
         commit_copies();
-        u32 stage = stage_of(tile);
-        if (slab < p.slabs && tile < p.tiles)
+        u32 stage = s.ring + tile % 2 * ALL;
+        if (slab < p.slabs)
             compute(sums, stage, stage + X_STAGE + slab * STAGE, s, p, g, offset, bank);
     }
     __syncthreads();
     float *all = FLOATS(s.sums);  // where the tiles were
-    put<false>(all, sums, s, p, slab, team * 4 + g);
+    put<false>(all, sums, s, p, slab, g);
 #if RANKED
     wait_for_units(s, p);
     add_units(s, p);
-    __syncthreads();
-    u32 before = leaving(s);
-    for (int at = (team * 4 + g) * 64; at < s.rank; at += 256 * SPAN) {
+    for (int at = g * 64; at < s.rank; at += 256) {
         float more[SLAB / 16][BLOCKS][4] = {};
-        Rows b;
-        b.load(s, p, slab, at);
-        add_adapter(more, b, s, p, at);
-        put<true>(all, more, s, p, slab, team * 4 + g);
+        add_adapter(more, s, p, slab, at);
+        put<true>(all, more, s, p, slab, g);
     }
 #endif
     __syncthreads();
@@ -179,11 +133,8 @@ more_tokens(const __grid_constant__ Arguments s) {
         if (row > p.last) continue;
         float total = 0.0f;
 #pragma unroll
-        for (int v = 0; v < 4 * SPAN; v++) total += all[v * s.tokens * s.share + i];
+        for (int v = 0; v < 4; v++) total += all[v * s.tokens * s.share + i];
         s.y[static_cast<u64>(token) * s.rows + w.before + row] =
             static_cast<u16>(pair(total, 0.0f));
     }
-#if RANKED
-    leave(s, before);
-#endif
 }

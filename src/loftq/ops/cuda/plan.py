@@ -111,8 +111,8 @@ class FewTokens:
     """The most: 8 or 16."""
     resident: int = 1
     """Blocks that share a multiprocessor: with 2, the next launch fetches while this one ends."""
-    early: bool = True
-    """Whether s A x^T is added up while tiles are on their way, not at the end (adapters.cuh)."""
+    early: bool = False
+    """Whether s A x^T is added up while tiles are on their way (early.cuh): not timed yet."""
 
     source = "few_tokens"
 
@@ -135,17 +135,48 @@ class FewTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class MoreTokens:
-    """more_tokens.cu: up to 64 tokens, x read once by a block."""
+    """more_tokens.cu: 17 to 64 tokens, x read once by a block."""
 
     slabs: int
     """Of a block, four warps for each."""
     tokens: int
     """The most: 16, 32 or 64."""
     slab: int = 32
+
+    source, resident = "more_tokens", 1
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.slabs
+
+    @property
+    def definitions(self) -> tuple[tuple[str, int], ...]:
+        return (
+            ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
+            ("RESIDENT", self.resident), ("EARLY", 0),
+        )  # fmt: skip
+
+    def fits(self, work: Work, share: int) -> bool:
+        return work.tokens <= self.tokens and share <= self.slabs * self.slab
+
+    def needs(self, work: Work, share: int) -> dict[str, int]:
+        tiles = 2 * (self.tokens * (2 * TILE + 16) + self.slabs * self.slab * work.row_bytes)
+        return {"ring": max(tiles, 4 * 4 * share * work.tokens)}  # sums take the place of tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teams:
+    """teams.cu: as more_tokens.cu, in fewer instructions; not timed yet."""
+
+    slabs: int
+    """Of a tile, four warps for each."""
+    tokens: int
+    """The most: 16, 32 or 64."""
+    slab: int = 32
     span: int = 1
     """Tiles that are taken at once: with few rows a tile is too little work for a block."""
 
-    source, resident = "more_tokens", 1
+    source, resident = "teams", 1
 
     @property
     def warps(self) -> int:
@@ -155,7 +186,7 @@ class MoreTokens:
     def definitions(self) -> tuple[tuple[str, int], ...]:
         return (
             ("WARPS", self.warps), ("SLAB", self.slab), ("TOKENS", self.tokens),
-            ("RESIDENT", self.resident), ("SPAN", self.span),
+            ("RESIDENT", self.resident), ("EARLY", 0), ("SPAN", self.span),
         )  # fmt: skip
 
     def fits(self, work: Work, share: int) -> bool:
