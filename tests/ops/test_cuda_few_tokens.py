@@ -109,14 +109,14 @@ def test_a_trial_passes_the_product_and_fails_a_wrong_one(compiler, monkeypatch)
     monkeypatch.setattr(module, "kernel", compiler)
     for user in (module, plan):
         monkeypatch.setattr(user, "room", lambda device: ROOM)
-    launches = (FewTokens(warps=2, slab=16, ahead=2), MoreTokens(slabs=1, tokens=32))
+    launches = (FewTokens(warps=2, slab=16, ahead=2), MoreTokens(slabs=1, tokens=64))
     monkeypatch.setattr(module, "LAUNCHES", launches)
-    for tokens in (1, 17):
+    for tokens in (8, 64):
         assert probe.product_is_right(torch.device("cpu"), tokens=tokens)
     monkeypatch.setattr(
         probe, "few_tokens", lambda x, members, overlap: 1.1 * few_tokens(x, members)
     )
-    assert not probe.product_is_right(torch.device("cpu"))
+    assert not probe.product_is_right(torch.device("cpu"), tokens=8)
 
 
 def test_what_it_does_not_hold_is_said(monkeypatch):
@@ -144,15 +144,32 @@ def test_the_dispatcher_says_why_triton_computes_it(monkeypatch):
     x = torch.zeros(65, 512, dtype=torch.bfloat16)
     given = members(problems("nf4", (20,), 512, 9, x.dtype, "cpu"), None)
     assert dispatch.why_no_cuda_product(x, given) == "cpu is no NVIDIA GPU"
+    monkeypatch.setattr(dispatch, "_why_no_cuda_here", lambda device: "")
     trials = set()
     monkeypatch.setattr(dispatch, "why_no_cuda", lambda device, tokens: trials.add(tokens) or "")
     monkeypatch.setattr(plan, "room", lambda device: ROOM)
+    monkeypatch.setattr(dispatch, "MORE_CUDA_ROWS", 20)
     ahead = {tokens for tokens in range(66) if not dispatch.why_no_cuda_product(x[:tokens], given)}
     assert ahead == {*range(1, 9), *range(17, 65)}
-    assert trials == {1, 17}, "a trial of each source"
-    reason = "9 tokens: CUDA C++ is ahead at 1 to 8 and 17 to 64"
+    assert trials == {8, 64}, "a trial of each source, and none for what Triton takes"
+    reason = "9 tokens: CUDA C++ was measured ahead at 1 to 8 and 17 to 64"
     assert dispatch.why_no_cuda_product(x[:9], given) == reason
     assert "in_features=320" in dispatch.why_no_cuda_product(x[:8, :320], given)
+
+
+def test_many_tokens_are_cuda_s_only_where_a_row_shows_it_ahead(monkeypatch):
+    monkeypatch.setattr(dispatch, "_why_no_cuda_here", lambda device: "")
+    monkeypatch.setattr(dispatch, "why_no_cuda", lambda device, tokens: "")
+    monkeypatch.setattr(module, "why_not", lambda x, members: "")
+    x = torch.zeros(64, 512, dtype=torch.bfloat16)
+
+    def reason(name, rows):
+        given = members(problems(name, (rows,), 512, 64, x.dtype, "cpu"), None)
+        return dispatch.why_no_cuda_product(x, given)
+
+    assert reason("nf4", 11008) == ""
+    assert "64 tokens, 3 bits, 11008 rows: above 8" in reason("nf3", 11008)
+    assert "4 bits, 4096 rows: above 8 tokens CUDA C++ was measured" in reason("nf4", 4096)
 
 
 FORMATS = ("nf4", "nf3", "nf2", "nf4-g128-f32", "nf3-g256-f32", "nf2-f16", "snf3-bf16",

@@ -53,9 +53,9 @@ def test_the_dispatcher_says_why_a_weight_is_dequantized(monkeypatch):
     assert why_no_many_tokens(x, packed, 4, 64) == "weights are on meta, the kernels need a GPU"
     assert "torch.float32" in why_no_many_tokens(x.float(), packed, 4, 64)
     assert "groups of 32" in why_no_many_tokens(x, packed, 4, 32)
-    for tokens in (MOST_TOKENS, 513):
+    for tokens, reason in ((MOST_TOKENS, "up to 64"), (513, "above 512")):
         given = torch.zeros(tokens, 64, dtype=torch.bfloat16, device="meta")
-        assert f"{tokens} tokens" in why_no_many_tokens(given, packed, 4, 64)
+        assert f"{tokens} tokens: {reason}" in why_no_many_tokens(given, packed, 4, 64)
 
 
 @pytest.mark.gpu

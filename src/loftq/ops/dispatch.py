@@ -20,14 +20,17 @@ MOST_TOKENS = 64
 MOST_TOKENS_FUSED = MOST_TOKENS
 """Tokens that the fused product (ops/triton/many_tokens.py) takes: no more, as no card ran it yet;
 benchmarks/ops/sweep_many_tokens.py decides."""
-CUDA_TOKENS = (range(1, 9), range(17, MOST_TOKENS + 1))
-"""Tokens that it takes in CUDA C++, where that was measured ahead of Triton (docs/kernels.md)."""
+CUDA_TOKENS, MORE_CUDA_TOKENS = range(1, 9), range(17, MOST_TOKENS + 1)
+"""Tokens that it takes in CUDA C++ (few_tokens.cu, more_tokens.cu), where that was measured ahead
+of Triton (docs/kernels.md)."""
+MORE_CUDA_BITS, MORE_CUDA_ROWS = 4, 11008
+"""What more_tokens.cu was measured with: bits, and rows of all weights together, or more."""
 MOST_TOKENS_CPU, MOST_TOKENS_LARGE_CPU = 16, 64
 """The same on a CPU (benchmarks/results/cpu.md), and for weights of at least LARGE_WEIGHT."""
 LARGE_WEIGHT = 1 << 22
 """Weights whose dense copy is fresh memory each time: its first touch costs more than decoding."""
 
-MOST_LEVELS_CPU = 16
+LEVELS_CPU = (4, 8, 16)
 """Levels of a codebook that the CPU library rounds to."""
 
 LONGEST_ROW = 16384
@@ -86,8 +89,8 @@ def why_no_rounding_on_cpu(x: Tensor, levels: Tensor | None) -> str:
     """Reason that the CPU library does not round x to `levels` (None: integers); "" if it does."""
     if x.device.type != "cpu" or x.dtype is not torch.float32:
         return f"weights are {x.dtype} on {x.device.type}, the library takes float32 on a CPU"
-    if levels is not None and len(levels) > MOST_LEVELS_CPU:
-        return f"a codebook of {len(levels)} levels, the library holds {MOST_LEVELS_CPU}"
+    if levels is not None and len(levels) not in LEVELS_CPU:
+        return f"a codebook of {len(levels)} levels, the library holds 4, 8 or 16"
     return why_no_library()
 
 
@@ -100,9 +103,7 @@ def pack_kernel(codes: Tensor) -> Callable[[Tensor, int, int], Tensor] | None:
     return pack_codes
 
 
-def round_kernel(
-    x: Tensor, levels: Tensor | None = None
-) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def round_kernel(x: Tensor, levels: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The rounding of grouped weights by the CPU library or Triton, else None (plain PyTorch)."""
     if not why_no_rounding_on_cpu(x, levels):
         from loftq.ops.cpu.rounding import round_rows as on_cpu
@@ -240,7 +241,9 @@ def why_no_many_tokens(x: Tensor, packed: Tensor, bits: int, group_size: int) ->
     tokens = x.shape[:-1].numel()
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {x.dtype}, the kernel takes float16 and bfloat16"
-    if not MOST_TOKENS < tokens <= MOST_TOKENS_FUSED:
+    if tokens <= MOST_TOKENS:
+        return f"{tokens} tokens: up to {MOST_TOKENS}, the few-token product is the one to take"
+    if tokens > MOST_TOKENS_FUSED:
         return f"{tokens} tokens: above {MOST_TOKENS_FUSED}, it was not measured to be faster"
     why = _why_not_these_bytes(packed, x.shape[-1], bits, group_size)
     return why or why_no_fused(packed.device)
@@ -272,30 +275,51 @@ def _why_not_these_bytes(packed: Tensor, columns: int, bits: int, group_size: in
 def why_no_cuda_product(x: Tensor, members: Sequence[Any]) -> str:
     """Reason that the few-token product of `members` (few_tokens.Member) is Triton's; "" if it is
     CUDA C++'s (ops/cuda)."""
-    taken = next((tokens for tokens in CUDA_TOKENS if x.shape[0] in tokens), None)
-    if why := why_no_cuda(x.device, taken[0] if taken else 1):
+    tokens, rows = x.shape[0], sum(member.packed.shape[0] for member in members)
+    why = _why_no_cuda_here(x.device) or _why_not_ahead(tokens, members[0].layout[0], rows)
+    tried = CUDA_TOKENS if tokens in CUDA_TOKENS else MORE_CUDA_TOKENS
+    if why := why or why_no_cuda(x.device, tried[-1]):
         return why
-    if taken is None:
-        ranges = " and ".join(f"{tokens[0]} to {tokens[-1]}" for tokens in CUDA_TOKENS)
-        return f"{x.shape[0]} tokens: CUDA C++ is ahead at {ranges}"
     from loftq.ops.cuda.few_tokens import why_not
 
     return why_not(x, members)
 
 
+def _why_not_ahead(tokens: int, bits: int, rows: int) -> str:
+    """Reason that CUDA C++ does not take a product that it holds: no row shows it ahead."""
+    if tokens in CUDA_TOKENS:
+        return ""
+    if tokens not in MORE_CUDA_TOKENS:
+        few, more = (f"{t[0]} to {t[-1]}" for t in (CUDA_TOKENS, MORE_CUDA_TOKENS))
+        return f"{tokens} tokens: CUDA C++ was measured ahead at {few} and {more}"
+    if bits != MORE_CUDA_BITS or rows < MORE_CUDA_ROWS:
+        return (
+            f"{tokens} tokens, {bits} bits, {rows} rows: above {CUDA_TOKENS[-1]} tokens CUDA C++ "
+            f"was measured ahead at {MORE_CUDA_BITS} bits and {MORE_CUDA_ROWS} rows"
+        )
+    return ""
+
+
 @lru_cache
-def why_no_cuda(device: torch.device, tokens: int = 1) -> str:
+def why_no_cuda(device: torch.device, tokens: int = CUDA_TOKENS[-1]) -> str:
     """Reason that a device runs no CUDA C++ for so many tokens; "" if a trial of the source that
     takes them worked. Compiles it to find out."""
+    if why := _why_no_cuda_here(device):
+        return why
+    from loftq.ops.cuda.probe import product_is_right
+
+    return _trial(partial(product_is_right, tokens=tokens), device)
+
+
+def _why_no_cuda_here(device: torch.device) -> str:
+    """Reason that a device runs no CUDA C++, as far as it is known without a compiler."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type} is no NVIDIA GPU"
     if os.environ.get("LOFTQ_CUDA") == "none":
         return "LOFTQ_CUDA=none asks for the Triton product"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "its plan of shared memory needs compute capability 9.0"
-    from loftq.ops.cuda.probe import product_is_right
-
-    return _trial(partial(product_is_right, tokens=tokens), device)
+    return ""
 
 
 def _why_no_small_linear_on_cpu(x: Tensor, rows: int, group_size: int) -> str:

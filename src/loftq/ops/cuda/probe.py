@@ -12,7 +12,7 @@ from loftq.ops.reference import dequantize_reference
 COLUMNS, RANK = 512, 16
 
 
-def product_is_right(device: torch.device, *, tokens: int = 1) -> bool:
+def product_is_right(device: torch.device, *, tokens: int) -> bool:
     """Whether two weights with adapters give the product of the reference at 4, 3 and 2 bits.
 
     Args:
