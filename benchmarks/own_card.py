@@ -88,14 +88,14 @@ def run(part: Part, seconds: float) -> str:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
     )
-    end = ""
     try:
         printed, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        printed, errors = process.communicate()
-        end = f"\nstopped after {seconds:.0f} s\n"
-    if process.returncode > 0:
+        printed, _ = process.communicate()
+        return f"{printed.rstrip()}\n\nstopped after {seconds:.0f} s\n"
+    end = ""
+    if process.returncode:  # below 0: the signal that ended it
         last = "\n".join(errors.strip().splitlines()[-LAST_LINES:])
         end = f"\nfailed with status {process.returncode}:\n\n```text\n{last}\n```\n"
     return printed.rstrip() + "\n" + end

@@ -43,6 +43,13 @@ def test_a_part_that_fails_keeps_its_rows_and_tells_its_error(tmp_path: Path) ->
     assert "ValueError: the end" in told
 
 
+def test_a_part_that_a_signal_ends_says_so(tmp_path: Path) -> None:
+    code = "import os, signal\nprint('| a row |', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    told = run(_part(tmp_path, code), 60)
+    assert told.startswith("| a row |\n")
+    assert "failed with status -9" in told
+
+
 def test_a_part_out_of_its_time_keeps_its_rows(tmp_path: Path) -> None:
     code = "import time\nprint('| a row |', flush=True)\ntime.sleep(60)"
     told = run(_part(tmp_path, code), 2)
