@@ -8,6 +8,7 @@ from loftq.formats.grids import SEARCH, grid_of
 from loftq.formats.packing import pack_codes
 from loftq.ops.columns import nearest
 from loftq.ops.cpu.rounding import fit_scales, round_rows
+from loftq.ops.cpu.rounding import pack_codes as pack_in_library
 from loftq.ops.dispatch import fit_kernel, pack_kernel, round_kernel, why_no_rounding_on_cpu
 from loftq.ops.scale_search import fit_scales_reference, squared_error
 
@@ -74,7 +75,11 @@ def test_packed_codes_are_those_of_the_reference(isa, bits, generator, monkeypat
             assert torch.equal(found, pack_codes(codes, bits))
 
 
-@pytest.mark.parametrize("name", ["nf4-g64", "nf2-g64", "int4-g64", "int2-g32-dq"])
+WEIGHTS = ("nf4-g64", "nf3-channel-f32", "nf2-g64", "snf3-g64", "even2-g32", "iq4nl", "sint4-g128",
+           "int4-g64", "int3-g64-f16", "int2-g32-dq", "int8-g64")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_a_weight_is_rounded_as_without_the_library(library, name, generator, monkeypatch):
     """All but the searched scales are the same numbers; those are as good."""
     spec, W = parse_format(name), torch.randn(2, 33, 200, generator=generator)
@@ -100,6 +105,16 @@ def test_a_weight_that_is_no_number_gives_a_scale_that_is_none(isa):
         assert scales.isnan().tolist() == [False, True, False]
 
 
+def test_a_grid_that_the_library_does_not_hold_is_refused(library):
+    x, levels = torch.ones(2, 64), torch.linspace(-1, 1, 5)
+    with pytest.raises(AssertionError, match="refused"):
+        fit_scales(x, levels, (), top=4)
+    with pytest.raises(AssertionError, match="refused"):
+        round_rows(x, torch.ones(2), None, levels, top=4)
+    with pytest.raises(AssertionError, match="refused"):
+        pack_in_library(torch.zeros(2, 64, dtype=torch.uint8), 5, 40)
+
+
 def test_threads_change_nothing(library, generator):
     grid, levels = grid_of_format("nf3")
     x = torch.randn(20000, 64, generator=generator)
@@ -123,5 +138,6 @@ def test_the_dispatcher_says_why_weights_are_rounded_in_pytorch(library):
     assert why_no_rounding_on_cpu(x, None) == ""
     assert "torch.float64 on cpu" in why_no_rounding_on_cpu(x.double(), None)
     assert "a codebook of 256 levels" in why_no_rounding_on_cpu(x, many)
+    assert "a codebook of 5 levels" in why_no_rounding_on_cpu(x, many[:5])
     assert fit_kernel(x, many) is round_kernel(x, many) is None
     assert pack_kernel(x) is None

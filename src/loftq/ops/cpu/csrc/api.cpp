@@ -7,6 +7,12 @@
 
 namespace {
 
+// Whether there is a rounding to this grid.
+bool holds(const loftq_grid& grid) {
+  const bool sized = grid.top == 3 || grid.top == 7 || grid.top == 15;
+  return grid.columns >= 1 && (sized || (!grid.levels && grid.top >= 1 && grid.top <= 255));
+}
+
 // work(begin, end) for pieces of `rows` rows of some `cost` multiplications each.
 template <class F>
 int32_t by_rows(const loftq_team& team, int64_t rows, int64_t cost, const F& work) {
@@ -65,7 +71,7 @@ int32_t loftq_dequantize(const loftq_team* team, const loftq_weight* weight, int
 int32_t loftq_fit(const loftq_team* team, const loftq_grid* grid, const float* x, int64_t groups,
                   float* scales, float* zeros) {
   const Kernels* kernels = kernels_of(team->isa);
-  if (!kernels || grid->columns < 1) return LOFTQ_UNSUPPORTED;
+  if (!kernels || !holds(*grid)) return LOFTQ_UNSUPPORTED;
   if (grid->ratio_count * grid->shifts > LOFTQ_TRIALS) return LOFTQ_UNSUPPORTED;
   const int64_t columns = grid->columns, cost = columns * (1 + grid->ratio_count);
   return by_rows(*team, groups, cost, [&](int64_t begin, int64_t end) {
@@ -76,7 +82,7 @@ int32_t loftq_fit(const loftq_team* team, const loftq_grid* grid, const float* x
 int32_t loftq_round(const loftq_team* team, const loftq_grid* grid, const float* x, int64_t groups,
                     const float* scales, const float* zeros, uint8_t* codes, float* values) {
   const Kernels* kernels = kernels_of(team->isa);
-  if (!kernels || grid->columns < 1) return LOFTQ_UNSUPPORTED;
+  if (!kernels || !holds(*grid)) return LOFTQ_UNSUPPORTED;
   return by_rows(*team, groups, grid->columns, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * grid->columns;
     kernels->round(*grid, x + at, end - begin, scales + begin, zeros ? zeros + begin : zeros, codes + at,
@@ -87,7 +93,7 @@ int32_t loftq_round(const loftq_team* team, const loftq_grid* grid, const float*
 int32_t loftq_pack(const loftq_team* team, const uint8_t* codes, int64_t rows, int64_t columns,
                    int32_t bits, uint8_t* packed) {
   const Kernels* kernels = kernels_of(team->isa);
-  if (!kernels) return LOFTQ_UNSUPPORTED;
+  if (!kernels || (bits != 2 && bits != 3 && bits != 4 && bits != 8)) return LOFTQ_UNSUPPORTED;
   return by_rows(*team, rows, columns, [&](int64_t begin, int64_t end) {
     kernels->pack(codes + begin * columns, end - begin, columns, bits,
                   packed + begin * packed_bytes(columns, bits));

@@ -108,7 +108,7 @@ LOFTQ_API int32_t loftq_round(const loftq_team* team, const loftq_grid* grid, co
                               int64_t groups, const float* scales, const float* zeros, uint8_t* codes,
                               float* values);
 
-// Packed rows of codes (rows x columns) below 2^bits.
+// Packed rows of codes (rows x columns) below 2^bits; 2, 3, 4 or 8 bits.
 LOFTQ_API int32_t loftq_pack(const loftq_team* team, const uint8_t* codes, int64_t rows, int64_t columns,
                              int32_t bits, uint8_t* packed);
 
