@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loftq.formats import pack_codes, unpack_codes
-from loftq.formats.spec import row_bytes
+from loftq.ops.reference import row_bytes
 
 
 @given(

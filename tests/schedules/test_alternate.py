@@ -31,6 +31,13 @@ def test_one_step_is_qloras_rounding_plus_one_svd():
         assert torch.allclose(found.low_rank.product()[i], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["quantize-first", "correct-first"])
+def test_the_weight_stays_as_it_is(order):
+    W = weights()
+    run(W, 3, order=order)
+    assert torch.equal(W, weights())
+
+
 def test_no_step_is_plain_rounding():
     found = run(weights(), 0)
     assert found.low_rank is None

@@ -26,6 +26,7 @@ from loftq.formats.spec import FormatSpec
 from loftq.ops.columns import LEAST_SCALE
 from loftq.ops.dispatch import fit_kernel, integer_search_kernel, round_kernel, search_kernel
 from loftq.ops.reference import PER_TENSOR
+from loftq.ops.scale_search import widest_scales
 
 FITS = ("absmax", "mse", "sigma", "entropy")
 CHUNK = 1 << 18  # elements worked on at once on a CPU: a few buffers of this size stay in L2
@@ -238,8 +239,7 @@ class CodebookGrid(_GroupedGrid):
             return (x.mean(-1) + 2.5 * _std(x, -1),)
         if rule == "entropy":
             raise ValueError(ENTROPY_ERROR)
-        low, high = -self.levels[0], self.levels[-1]
-        widest = torch.maximum(x.amax(-1) / high, -x.amin(-1) / low).clamp_min_(LEAST_SCALE)
+        widest, _ = widest_scales(x, self.levels, self.top)
         if rule == "absmax":
             return (widest,)
         return (self._search(x, widest),)
@@ -329,9 +329,8 @@ class IntegerGrid(_GroupedGrid):
             raise ValueError(SIGMA_ERROR)
         if rule == "entropy":
             return most_informative(x, self.top)
-        low, high = x.amin(-1).clamp_max_(0), x.amax(-1).clamp_min_(0)
-        scale = ((high - low) / self.top).clamp_min_(LEAST_SCALE)
-        zero = (-low / scale).round_()
+        scale, zero = widest_scales(x, None, self.top)
+        assert zero is not None
         if rule == "absmax":
             return scale, zero
         return self._search(x, scale, zero)

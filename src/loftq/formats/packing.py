@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loftq.ops.dispatch import pack_kernel
-from loftq.ops.reference import planes, unpack_codes
+from loftq.ops.reference import planes, row_bytes, unpack_codes
 
 __all__ = ["pack_codes", "unpack_codes"]
 
@@ -19,8 +19,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     byte. Each plane is padded with zero bits to whole bytes.
     """
     if kernel := pack_kernel(codes):
-        row_bytes = sum(-(-codes.shape[-1] * width // 8) for width in planes(bits))
-        return kernel(codes, bits, row_bytes)
+        return kernel(codes, bits, row_bytes(codes.shape[-1], bits))
     parts, shift = [], 0
     for width in planes(bits):
         per_byte = 8 // width

@@ -13,7 +13,7 @@ from loftq.ops.reference import (
     PER_CHANNEL,
     PER_TENSOR,
     SCALE_BYTES,
-    planes,
+    row_bytes,
 )
 
 GRID_BITS = {
@@ -118,11 +118,6 @@ class FormatSpec:
 
 def _as_2d(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
-
-
-def row_bytes(in_features: int, bits: int) -> int:
-    """Bytes of one row of codes: each bit plane is padded to whole bytes."""
-    return sum(-(-in_features * width // 8) for width in planes(bits))
 
 
 def component_shapes(spec: FormatSpec, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

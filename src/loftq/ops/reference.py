@@ -28,6 +28,11 @@ def planes(bits: int) -> tuple[int, ...]:
     return (2, 1) if bits == 3 else (bits,)
 
 
+def row_bytes(in_features: int, bits: int) -> int:
+    """Bytes of one row of codes: each bit plane is padded to whole bytes."""
+    return sum(-(-in_features * width // 8) for width in planes(bits))
+
+
 def unpack_codes(packed: Tensor, in_features: int, bits: int) -> Tensor:
     """Codes (..., in_features) uint8 from packed rows (..., row_bytes) uint8."""
     codes, start, shift = None, 0, 0

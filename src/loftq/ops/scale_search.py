@@ -35,7 +35,9 @@ def squared_error(difference: Tensor) -> Tensor:
     return sums[:, 0]
 
 
-def widest_scales(x: Tensor, levels: Tensor | None, top: int) -> tuple[Tensor, Tensor | None]:
+def widest_scales(
+    x: Tensor, levels: Sequence[float] | Tensor | None, top: int
+) -> tuple[Tensor, Tensor | None]:
     """The smallest scale of each row of x that clips nothing, and the zero of integers."""
     low, high = x.amin(-1), x.amax(-1)
     if levels is not None:

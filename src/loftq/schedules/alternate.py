@@ -60,7 +60,8 @@ def alternate(
 
     Args:
         W: (n, out_features, in_features) float32.
-        quantize: W -> (Rounded, its values); sees the weight less the current correction.
+        quantize: W -> (Rounded, its values); sees the weight less the current correction. Both are
+            memory of their own: the residual takes the place of the values.
         solver: residual -> LowRank; keeps its own warm state.
         iterations: T >= 0; 0 rounds once and corrects nothing.
         order: which half-step comes first, "quantize-first" or "correct-first".

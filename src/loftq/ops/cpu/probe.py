@@ -10,7 +10,7 @@ from torch import Tensor
 from loftq.ops.columns import nearest
 from loftq.ops.cpu.library import Adapter, Library, Projection, Team, make_team, make_weight
 from loftq.ops.cpu.rounding import make_grid
-from loftq.ops.reference import dequantize_reference, planes, unpack_codes
+from loftq.ops.reference import dequantize_reference, row_bytes, unpack_codes
 from loftq.ops.scale_search import fit_scales_reference
 
 ROWS, COLUMNS, GROUP = 5, 75, 16
@@ -30,8 +30,9 @@ def values_are_right(library: Library, isa: str) -> bool:
 
 def _is_right(library: Library, team: Team, bits: int) -> bool:
     generator = torch.Generator().manual_seed(bits)
-    row_bytes = sum(-(-COLUMNS * width // 8) for width in planes(bits))
-    codes = torch.randint(256, (ROWS, row_bytes), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(
+        256, (ROWS, row_bytes(COLUMNS, bits)), dtype=torch.uint8, generator=generator
+    )
     scales = torch.rand(ROWS, -(-COLUMNS // GROUP), generator=generator) + 0.5
     x = torch.randn(3, COLUMNS, generator=generator)
     middle = 0.0 if LEVELS[bits] else 2.0 ** (bits - 1)
@@ -66,11 +67,13 @@ def _rounds_right(library: Library, team: Team, bits: int) -> bool:
     library.check(call.loftq_round(*by, *under, codes.data_ptr(), values.data_ptr()))
     zero = None if first is None else first[:, None]
     wanted, near = nearest(x, right[:, None], zero, levels, top)
-    row_bytes = sum(-(-COLUMNS * width // 8) for width in planes(bits))
-    packed = torch.zeros(ROWS, row_bytes, dtype=torch.uint8)
-    sizes = (codes.data_ptr(), ROWS, COLUMNS, bits, packed.data_ptr())
-    library.check(call.loftq_pack(ctypes.byref(team), *sizes))
     pairs = ((scales, right), (codes, wanted), (values, near))
-    return all(torch.equal(a, b) for a, b in pairs) and torch.equal(
-        unpack_codes(packed, COLUMNS, bits), codes
-    )
+    return all(torch.equal(a, b) for a, b in pairs) and _packs_right(library, team, codes, bits)
+
+
+def _packs_right(library: Library, team: Team, codes: Tensor, bits: int) -> bool:
+    packed = torch.zeros(ROWS, row_bytes(COLUMNS, bits), dtype=torch.uint8)
+    call = library.functions.loftq_pack
+    sizes = (codes.data_ptr(), ROWS, COLUMNS, bits, packed.data_ptr())
+    library.check(call(ctypes.byref(team), *sizes))
+    return torch.equal(unpack_codes(packed, COLUMNS, bits), codes)
