@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 
 import torch
 from bench_linear import (
@@ -29,6 +31,7 @@ from bench_linear import (
     graph_times,
     random_packed,
 )
+from sweep_linear import error_ratio
 from torch import Tensor
 
 from loftq.ops import dequantize
@@ -106,10 +109,72 @@ def routes(tokens: int, rows: int, launches: int) -> Iterator[tuple[str, Route]]
         yield f"panels {size} beside", partial(panels_beside, size)
 
 
-def error_ratio(y: Tensor, x: Tensor, exact: Tensor) -> float:
-    """Error of y against float64 over that of the dense product."""
-    wanted, dense = x.double() @ exact.T, (x @ exact.to(x.dtype).T).double()
-    return ((y.double() - wanted).norm() / (dense - wanted).norm()).item()
+@dataclass(frozen=True)
+class Case:
+    """Weights of one shape, beyond the cache: packed, dense with the same values, one exactly."""
+
+    name: str
+    bits: int
+    packed: list[Packed]
+    dense: list[Tensor]
+    exact: Tensor
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} | {self.bits}"
+
+
+def make_case(name: str, bits: int) -> Case:
+    rows, columns = map(int, name.split("x"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    make = partial(random_packed, (rows, columns), f"nf{bits}", generator)
+    packed = [make()]
+    packed += [make() for _ in range(copies(packed[0].nbytes))]
+
+    def dense(w: Packed, dtype: torch.dtype) -> Tensor:
+        return dequantize(*w.tensors, columns, *w.layout, dtype)
+
+    whole = [dense(w, torch.bfloat16) for w in packed[: copies(2 * rows * columns)]]
+    return Case(name, bits, packed, whole, dense(packed[0], torch.float32).double())
+
+
+def time_alone(case: Case) -> None:
+    """A row of the dequantization without a product."""
+    columns = case.exact.shape[1]
+    calls = [
+        partial(dequantize, *w.tensors, columns, *w.layout, torch.bfloat16) for w in case.packed
+    ]
+    print(f"| {case.label} | | dequantize alone | {graph_times(calls)[0]:.1f} | | | | | |")
+
+
+def time_routes(case: Case, tokens: int, launches: int, deadline: float) -> bool:
+    """Rows of every route for so many tokens; False if the time is over."""
+    rows, columns = case.exact.shape
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    base = graph_times([partial(torch.nn.functional.linear, x, w) for w in case.dense])
+    label, operations = f"{case.label} | {tokens}", 2 * tokens * rows * columns
+    print(f"| {label} | cuBLAS | {_figures(base, base[0], operations, 1.0)} |", flush=True)
+    for route, run in routes(tokens, rows, launches):
+        if time.monotonic() > deadline:
+            return False
+        try:
+            error = error_ratio(run(x, case.packed[0]), x, case.exact, ())
+            if error < 2:
+                times = graph_times([partial(run, x, w) for w in case.packed])
+                told = _figures(times, base[0], operations, error)
+            else:
+                told = f"wrong: {error:.3g}"
+        except Exception as failure:  # a compiler, a capture: the others are still run
+            lines = str(failure).strip().splitlines() or [type(failure).__name__]
+            told = lines[0][:160]
+        print(f"| {label} | {route} | {told} |", flush=True)
+    return True
+
+
+def _figures(times: tuple[float, float, float], base: float, operations: int, error: float) -> str:
+    rate = operations / times[0] / 1e6
+    quantiles = " | ".join(f"{t:.1f}" for t in times)
+    return f"{quantiles} | {rate:.0f} | {times[0] / base:.2f} | {error:.2f}"
 
 
 def main() -> None:
@@ -120,67 +185,17 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=len(LAUNCHES), help="the first so many")
     parser.add_argument("--seconds", type=float, default=100, help="start no row after this")
     args = parser.parse_args()
-    started = time.monotonic()
+    deadline = time.monotonic() + args.seconds
     print(_header(copy_bandwidth()))
     print("| shape | bits | tokens | route | us | p20 | p80 | TFLOP/s | in times of bf16 | error |")
     print("|---|--:|--:|---|--:|--:|--:|--:|--:|--:|", flush=True)
-    for name in args.shapes:
-        rows, columns = map(int, name.split("x"))
-        for bits in args.bits:
-            generator = torch.Generator("cuda").manual_seed(0)
-            first = random_packed((rows, columns), f"nf{bits}", generator)
-            weights = [first] + [
-                random_packed((rows, columns), f"nf{bits}", generator)
-                for _ in range(copies(first.nbytes))
-            ]
-            whole = [
-                dequantize(*w.tensors, columns, *w.layout, torch.bfloat16)
-                for w in weights[: copies(2 * rows * columns)]
-            ]
-            exact = dequantize(*first.tensors, columns, *first.layout, torch.float32).double()
-            calls = [
-                partial(dequantize, *w.tensors, columns, *w.layout, torch.bfloat16) for w in weights
-            ]
-            us = graph_times(calls)[0]
-            print(f"| {name} | {bits} | | dequantize alone | {us:.1f} | | | | | |")
-            for m in args.tokens:
-                x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
-                products = [partial(torch.nn.functional.linear, x, w) for w in whole]
-                base = graph_times(products)
-                row(name, bits, m, "cuBLAS", base, base[0], 2 * m * rows * columns, 1.0)
-                for route, run in routes(m, rows, args.launches):
-                    if time.monotonic() - started > args.seconds:
-                        print(f"stopped after {args.seconds:.0f} s")
-                        return
-                    try:
-                        error = error_ratio(run(x, first), x, exact)
-                        if not error < 2:
-                            print(f"| {name} | {bits} | {m} | {route} | wrong: {error:.3g} |")
-                            continue
-                        times = graph_times([partial(run, x, w) for w in weights])
-                    except Exception as failure:  # a compiler, a capture: the others are still run
-                        what = str(failure).strip().splitlines() or [type(failure).__name__]
-                        print(f"| {name} | {bits} | {m} | {route} | {what[0][:160]} |", flush=True)
-                        continue
-                    row(name, bits, m, route, times, base[0], 2 * m * rows * columns, error)
-
-
-def row(
-    shape: str,
-    bits: int,
-    tokens: int,
-    route: str,
-    times: tuple[float, float, float],
-    base: float,
-    operations: int,
-    error: float,
-) -> None:
-    rate = operations / times[0] / 1e6
-    print(
-        f"| {shape} | {bits} | {tokens} | {route} | {times[0]:.1f} | {times[1]:.1f} | "
-        f"{times[2]:.1f} | {rate:.0f} | {times[0] / base:.2f} | {error:.2f} |",
-        flush=True,
-    )
+    for name, bits in product(args.shapes, args.bits):
+        case = make_case(name, bits)
+        time_alone(case)
+        for tokens in args.tokens:
+            if not time_routes(case, tokens, args.launches, deadline):
+                print(f"stopped after {args.seconds:.0f} s")
+                return
 
 
 if __name__ == "__main__":
