@@ -5,8 +5,8 @@
 First a Llama-2-7B shape decodes (bench_decode.py) with each way of the few-token product, at 4, 3
 and 2 bits, and says whether its logits are those of the first row, bit for bit. Then one layer at
 1, 16, 32 and 64 tokens, in a graph of overlapping launches; a row with a wrong result is not timed.
-What is faster, and right, becomes the default: LAUNCHES (ops/cuda/plan.py), CUDA_TOKENS
-(ops/dispatch.py), SOONER (ops/triton/overlap.py).
+What is faster, and right, becomes the default: LAUNCHES (ops/cuda/plan.py), MORE_CUDA_TOKENS, _BITS
+and _ROWS (ops/dispatch.py), SOONER (ops/triton/overlap.py).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def many(shape: tuple[int, int], most: int) -> Iterator[Launch]:
 
 
 def decode(name: str, ways: tuple[Way, ...], deadline: float) -> None:
-    """A row for each way."""
+    """A row for each way; of one that fails, why."""
     model, first = make_model(name, 32, RANK), None
     prompt = torch.randint(0, 32000, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
     for way in ways:
@@ -110,23 +110,32 @@ def decode(name: str, ways: tuple[Way, ...], deadline: float) -> None:
             print(f"no time for {name}, {way.name}", flush=True)
             continue
         product.LAUNCHES, overlap.SOONER = way.launches, way.sooner
-        decoder = make_decoder(model, 1, CONTEXT + STEPS + 16, way.kind)
-        token, logits = decoder.prefill(prompt).argmax(-1), []
-        for _ in range(6):
-            logits.append(decoder.step(token).clone())
-            token = logits[-1].argmax(-1)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
-        events[0].record()
-        for event in events[1:]:
-            token = decoder.step(token).argmax(-1)
-            event.record()
-        torch.cuda.synchronize()
-        times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
-        found = torch.cat(logits)
-        first = found if first is None else first
+        try:
+            logits, times = decode_steps(model, way.kind, prompt)
+        except (RuntimeError, ValueError) as failure:
+            print(f"| {name} | {way.name} | {str(failure)[:160]} |", flush=True)
+            continue
+        finally:
+            product.LAUNCHES, overlap.SOONER = LAUNCHES, False
+        first = logits if first is None else first
         quantiles = " | ".join(f"{times[STEPS * n // 10]:.3f}" for n in (5, 2, 8))
-        print(f"| {name} | {way.name} | {quantiles} | {torch.equal(first, found)} |", flush=True)
-    product.LAUNCHES, overlap.SOONER = LAUNCHES, False
+        print(f"| {name} | {way.name} | {quantiles} | {torch.equal(first, logits)} |", flush=True)
+
+
+def decode_steps(model: object, kind: str, prompt: Tensor) -> tuple[Tensor, list[float]]:
+    """(logits of the first 6 tokens, milliseconds of the STEPS after them, ascending)."""
+    decoder = make_decoder(model, 1, CONTEXT + STEPS + 16, kind)
+    token, logits = decoder.prefill(prompt).argmax(-1), []
+    for _ in range(6):
+        logits.append(decoder.step(token).clone())
+        token = logits[-1].argmax(-1)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        token = decoder.step(token).argmax(-1)
+        event.record()
+    torch.cuda.synchronize()
+    return torch.cat(logits), sorted(a.elapsed_time(b) for a, b in pairwise(events))
 
 
 def run_case(case: Case, generator: torch.Generator) -> str:
