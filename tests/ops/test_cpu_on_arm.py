@@ -10,7 +10,7 @@ from cpu_on_arm import Image, build_replay, why_not
 from loftq.formats import parse_format
 from loftq.formats.grids import SEARCH, grid_of
 from loftq.formats.packing import pack_codes
-from loftq.ops.columns import nearest
+from loftq.ops.columns import LEAST_SCALE, nearest
 from loftq.ops.cpu.decoder import BlockTensors, Linear, ModelTensors, TokenStep
 from loftq.ops.cpu.library import (
     DTYPES,
@@ -120,7 +120,7 @@ def test_rounding_is_that_of_the_reference_to_the_bit(replay, team, name, genera
         x[0] = 0
         place = image.put(x)
         for count in (0, len(ratios)):
-            layout = Grid(book, tried.data_ptr(), columns, top, count, grid.shifts, 1e-30)
+            layout = Grid(book, tried.data_ptr(), columns, top, count, grid.shifts, LEAST_SCALE)
             scales, zeros = poison(image, 23), poison(image, 23)
             codes, values = (
                 image.put(torch.zeros(23, columns, dtype=torch.uint8)),
@@ -149,7 +149,7 @@ def test_a_weight_that_is_no_number_gives_a_scale_that_is_none(replay, team):
     x = torch.ones(3, 40)
     x[1, 38] = torch.nan
     grid = Grid(
-        image.put(levels).data_ptr(), image.put(torch.ones(1)).data_ptr(), 40, 15, 1, 1, 1e-30
+        image.put(levels).data_ptr(), image.put(torch.ones(1)).data_ptr(), 40, 15, 1, 1, LEAST_SCALE
     )
     scales = poison(image, 3)
     image.call("fit", team, grid, image.put(x), 3, scales, None)

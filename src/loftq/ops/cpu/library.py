@@ -58,6 +58,8 @@ class Projection(ctypes.Structure):
 class Grid(ctypes.Structure):
     """loftq_grid."""
 
+    borrowed: object = None
+    """What its pointers lead to, as long as it lives."""
     _fields_ = (
         ("levels", ctypes.c_void_p), ("ratios", ctypes.c_void_p), ("columns", ctypes.c_int64),
         ("top", ctypes.c_int32), ("ratio_count", ctypes.c_int32), ("shifts", ctypes.c_int32),

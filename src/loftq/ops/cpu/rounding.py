@@ -88,10 +88,12 @@ def make_grid(
     shifts: int,
     tiny: float = LEAST_SCALE,
 ) -> Grid:
-    """A Grid, which borrows the levels."""
+    """A Grid, with hold of its levels and ratios."""
     book = None if levels is None else levels.data_ptr()
     tried = _floats(ratios)
-    return Grid(book, ctypes.addressof(tried), columns, top, len(ratios), shifts, tiny)
+    grid = Grid(book, ctypes.addressof(tried), columns, top, len(ratios), shifts, tiny)
+    grid.borrowed = (levels, tried)
+    return grid
 
 
 @lru_cache
