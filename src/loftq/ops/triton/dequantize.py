@@ -102,8 +102,8 @@ def dequantize(
     if out is None:
         shape = (packed.shape[0] - start, in_features)
         out = torch.empty(shape, dtype=dtype, device=packed.device)
-    assert out.is_contiguous() and out.dtype is dtype
-    assert out.shape[1] == in_features
+    assert out.is_contiguous()
+    assert (out.dtype, out.shape[1]) == (dtype, in_features)
     rows = out.shape[0]
     if not out.numel():
         return out
