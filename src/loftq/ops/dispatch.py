@@ -311,6 +311,7 @@ def why_no_cuda(device: torch.device, tokens: int = CUDA_TOKENS[-1]) -> str:
     return _trial(partial(product_is_right, tokens=tokens), device)
 
 
+@lru_cache
 def _why_no_cuda_here(device: torch.device) -> str:
     """Reason that a device runs no CUDA C++, as far as it is known without a compiler."""
     if device.type != "cuda" or torch.version.hip is not None:
