@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from loftq.train.keep import require_blocks
 from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
 from loftq.train.memory.probe import BlockCost, Step, block_cost
 from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
@@ -133,7 +134,9 @@ def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
 
     Raises:
         UnknownModel: the model cannot be walked through.
+        TrainError: it has fewer blocks than are to be kept.
     """
+    require_blocks(settings.keep_blocks, subject.blocks)
     fixed, host = _fixed(subject, settings)
     cost = cost_of(subject, settings)
     moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
@@ -202,7 +205,7 @@ def _moments(
     if settings.offload:
         held = last = min(held, NEWEST)  # the one before is fetched meanwhile
     whole = _whole_cost(subject, settings) if settings.keep_blocks else cost
-    more = min(settings.keep_blocks, subject.blocks)
+    more = settings.keep_blocks
     kept = (held - more) * cost.kept + more * whole.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
