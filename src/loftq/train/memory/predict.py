@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from loftq.train.config import OPTIMIZERS
 from loftq.train.keep import require_blocks
 from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
 from loftq.train.memory.probe import BlockCost, Step, block_cost
@@ -23,9 +24,6 @@ from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
 from loftq.train.offload import NEWEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
-               "adamw_torch_8bit": 2}  # fmt: skip
-"""Bytes of optimizer state per trained parameter: two moments."""
 WORKSPACE = 32 << 20
 """Of cuBLAS, one for each thread that computes, which is one here; bytes on Hopper, a quarter of it
 before."""
@@ -52,7 +50,7 @@ class TrainingSettings:
     keep_blocks: int = 0
     """The last blocks, of which everything is kept all the same."""
     optimizer: str = "adamw_torch_fused"
-    """A key of STATE_BYTES."""
+    """A key of OPTIMIZERS (train/config.py)."""
     fused: bool = True
     """With the training layer (loftq.integrations.training)."""
     loss: str = "chunked"
@@ -69,7 +67,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         known: Mapping[str, Collection[str]] = {
             "dtype": DTYPES,
-            "optimizer": STATE_BYTES,
+            "optimizer": OPTIMIZERS,
             "loss": KINDS,
             "device": ("cuda", "cpu"),
         }
@@ -178,7 +176,7 @@ def _fixed(subject: Subject, settings: TrainingSettings) -> tuple[dict[str, int]
     fixed = {
         **_weights(subject, DTYPES[settings.dtype].itemsize),
         "adapters": 4 * trained,
-        "optimizer": STATE_BYTES[settings.optimizer] * trained,
+        "optimizer": OPTIMIZERS[settings.optimizer].state_bytes * trained,
     }
     host = fixed["embedding"] if settings.embedding_on_host and not subject.tied else 0
     if host:

@@ -99,7 +99,7 @@ def _step_changes(
         yield f"max_length={changed.length}", "longer chats are left out", predict(subject, changed)
     if settings.loss == "full":
         yield "loss=chunked", "nothing", predict(subject, replace(settings, loss="chunked"))
-    if settings.optimizer.startswith("adamw_torch") and not settings.optimizer.endswith("8bit"):
+    if settings.optimizer == "adamw_torch_fused":
         changed = replace(settings, optimizer="adamw_8bit")
         yield "optimizer=adamw_8bit", "moments in 8 bits", predict(subject, changed)
 
