@@ -199,25 +199,14 @@ def _moments(
     """Gradients, activations, logits and the rest at each moment that can be the peak."""
     gradients = 4 * subject.adapter_parameters
     per_block = gradients // subject.blocks
-    held, last = subject.blocks, 1  # inputs of blocks that are on the device at either end
-    if settings.offload:
-        held = last = min(held, NEWEST)  # the one before is fetched meanwhile
-    whole = _whole_cost(subject, settings) if settings.keep_blocks else cost
     more = settings.keep_blocks
+    whole = _whole_cost(subject, settings) if more else cost
+    held, last = _inputs_held(subject, settings)
     kept = (held - more) * cost.kept + more * whole.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
     other = cost.outside + (WORKSPACE if settings.device == "cuda" else 0)
-    head = HeadOfLoss(
-        vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
-    )
-    before, after = (
-        loss_bytes(
-            head, kind=settings.loss, tokens=settings.tokens, dtype=dtype, device=settings.device,
-            backward=backward,
-        )
-        for backward in (False, True)
-    )  # fmt: skip
+    before, after = (_logits(subject, settings, dtype, backward=b) for b in (False, True))
     # Of layers that run PEFT's forward, until the whole forward, loss included, ends.
     copies = subject.blocks * cost.copies
 
@@ -238,6 +227,30 @@ def _moments(
         "first block": moment(rest, last * cost.kept + cost.working),
         "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
+
+
+def _inputs_held(subject: Subject, settings: TrainingSettings) -> tuple[int, int]:
+    """Inputs of blocks on the device when the backward begins, and in that of the first block."""
+    if settings.offload:
+        newest = min(subject.blocks, NEWEST)
+        return newest, newest  # the one before is fetched meanwhile
+    return subject.blocks, 1
+
+
+def _logits(
+    subject: Subject, settings: TrainingSettings, dtype: torch.dtype, *, backward: bool
+) -> int:
+    head = HeadOfLoss(
+        vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
+    )
+    return loss_bytes(
+        head,
+        kind=settings.loss,
+        tokens=settings.tokens,
+        dtype=dtype,
+        device=settings.device,
+        backward=backward,
+    )
 
 
 @dataclass(frozen=True, eq=False)
