@@ -123,7 +123,7 @@ def test_a_row_says_how_its_start_is_refined(monkeypatch: pytest.MonkeyPatch) ->
     assert refinement_of("max:int2-g64-dq:16") == "max:int2-g64-dq:16:distill"
     row = "best:int2-g64-dq:16:refinement=distill:epochs=1:rate=7e-4"
     assert refinement_of(row) == "best:int2-g64-dq:16:distill:epochs=1:rate=7e-4"
-    with pytest.raises(ValueError, match="a refined row takes no blend"):
+    with pytest.raises(ValueError, match=r"a refined row takes no blend\. It takes epochs, rate"):
         refinement_of("best:int2-g64-dq:16:refinement=distill:blend=0.5")
 
 

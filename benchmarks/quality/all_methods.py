@@ -178,7 +178,10 @@ def refinement_of(row: str) -> str | None:
     if method.startswith("lora") or (asked is None and not METHODS[method].refined):
         return None
     if other := chosen.keys() - refined.KINDS.keys():
-        raise ValueError(f"{row}: a refined row takes no {', '.join(sorted(other))}.")
+        known = ", ".join(refined.KINDS)
+        raise ValueError(
+            f"{row}: a refined row takes no {', '.join(sorted(other))}. It takes {known}."
+        )
     pairs = [f"{key}={value}" for key, value in chosen.items()]
     return ":".join([method, name, rank, asked or METHODS[method].refinement, *pairs])
 

@@ -67,9 +67,10 @@ def _words(found: Fit) -> str:
     options, step = found.options, found.settings
     tables = "8-bit tables" if options["embedding"] == 8 else "16-bit tables"
     host = ", embedding on the host" if step.embedding_on_host else ""
+    kept = "" if step.checkpointing else ", no checkpointing"
     rank = "" if options["rank"] == 16 else f", rank {options['rank']}"
     return (
-        f"{options['bits']} bits{rank}, {tables}{host}, batch {step.batch_size}: "
+        f"{options['bits']} bits{rank}, {tables}{host}, batch {step.batch_size}{kept}: "
         f"{found.peak.total / 1e9:.1f}"
     )
 

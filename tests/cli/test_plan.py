@@ -240,3 +240,12 @@ def test_a_measured_allocation_is_shown_beside_its_rivals(
     assert found["nbytes"] <= found["budget"]
     assert len(found["formats"]) == 14
     assert all(found["cost"] <= rival["cost"] for rival in found["rivals"])
+
+
+def test_a_budget_keeps_to_what_goes_with_checkpointing(loftq: Callable, model: Path) -> None:
+    asked = ("plan", model, "--rank", 4, "--memory", "2GB", "--json")
+    assert not loftq(*asked).json["training"]["settings"]["checkpointing"]  # there is room
+    for key in ("keep_blocks=1", "offload=true"):
+        assert loftq(*asked, key).json["training"]["settings"]["checkpointing"], key
+    refused = loftq(*asked, "keep_blocks=9")
+    assert "keep_blocks=9: the model has 2 blocks" in refused.err

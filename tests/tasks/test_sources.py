@@ -145,7 +145,7 @@ def test_bad_rows_may_be_left_out_of_training_and_never_of_what_is_reported(
     tiny_tasks.write_rows(tmp_path / "glue/rte/train.jsonl", rows)
     found = read_for_training(task, data=tmp_path, holdout=0.2, on_bad_rows="skip")
     assert (len(found.train) + len(found.validation), found.skipped) == (9, 1)
-    assert "1 rows cannot be used and are left out, such as" in found.notes[1]
+    assert "1 row cannot be used, left out of training, such as" in found.notes[1]
     with pytest.raises(TaskError, match=r"1 row cannot be used[\s\S]*on_bad_rows=skip"):
         read_for_training(task, data=tmp_path, holdout=0.2)
     with pytest.raises(TaskError, match="label is 9"):

@@ -12,7 +12,9 @@ import zoo
 from loftq.train.config import TrainConfig
 from loftq.train.errors import TrainError
 from loftq.train.keep import keep_blocks
+from loftq.train.memory import TrainingSettings, predict, subject_of_output
 from loftq.train.prepare import prepare_for_training
+from loftq.train.sitting import Sitting
 from tolerances import FLOAT32_SOLVE
 
 
@@ -41,16 +43,24 @@ def test_kept_blocks_are_computed_once_and_gradients_are_the_same() -> None:
         assert (gradient - wanted).norm() <= FLOAT32_SOLVE * wanted.norm()
 
 
-def test_a_run_keeps_them_and_says_if_there_are_fewer(
-    train: Callable, out: Path, chats: Path, tmp_path: Path
-) -> None:
+def test_a_run_keeps_them(train: Callable, out: Path, chats: Path, tmp_path: Path) -> None:
     wanted = train(out, chats, tmp_path / "all", checkpointing=True)
     found = train(out, chats, tmp_path / "kept", checkpointing=True, keep_blocks=1)
     losses = [run.summary["final_loss"] for run in (found, wanted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert sum(found.memory["predicted"].values()) > sum(wanted.memory["predicted"].values())
-    with pytest.raises(TrainError, match=r"keep_blocks=99: the model has \d+ blocks"):
+
+
+def test_more_blocks_than_there_are_are_refused_before_any_work(
+    train: Callable, out: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sitting, "_samples_before", lambda _: pytest.fail("too late"))
+    refused = rf"keep_blocks=99: the model has {zoo.BLOCKS} blocks .* Choose at most {zoo.BLOCKS}"
+    with pytest.raises(TrainError, match=refused):
         train(out, chats, tmp_path / "run", keep_blocks=99)
+    subject = subject_of_output(out)
+    with pytest.raises(TrainError, match=refused):
+        predict(subject, TrainingSettings(keep_blocks=99))
 
 
 @pytest.mark.parametrize(

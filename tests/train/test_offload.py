@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import loftq
 import zoo
 from loftq.train import offload
+from loftq.train.config import TrainConfig
 from loftq.train.errors import TrainError
+from loftq.train.forecast import forecast
 from loftq.train.offload import NEWEST, HostInputs, why_not_offloaded
 from loftq.train.prepare import prepare_for_training
 from tolerances import FLOAT32_SOLVE
@@ -43,6 +45,16 @@ def test_a_cpu_is_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(TrainError, match=r"offload=true: the host is .* Leave it out"):
         train(out, chats, tmp_path / "run", max_steps=1, offload=True)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_full_memory_proposes_it_unless_steps_are_captured(out: Path, graphs: bool) -> None:
+    config = TrainConfig(graphs=graphs)
+    expected = forecast(
+        out, config, kind="sft", longest=400, packing=False, dtype="bf16", device="cuda"
+    )
+    assert ("offload" in expected.without) == graphs
+    assert " saves " in str(expected.exhausted(1, 4, 400))
 
 
 def _blocks(device: torch.device) -> nn.ModuleList:

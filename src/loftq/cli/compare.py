@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FLAGS = ("output", "methods", "tasks", "seeds", "model", "against")
 """What is easily written as a key and is none."""
+OVER = "over: the model, gradients and optimizer states, without activations"
 AXES = ("formats", "ranks")
 """Keys that change the matrix; all others are options of `train --task`, for every cell."""
 
@@ -151,7 +152,8 @@ def _dry_run(recipe: CompareRecipe, *, tiny: bool, as_json: bool) -> None:
 
 
 def _print_plan(out: Console, planned: PlannedComparison) -> None:
-    out.print(f"{planned.recipe}: {planned.model} ({planned.headers})")
+    origin = "" if planned.headers == planned.model else f" ({planned.headers})"
+    out.print(f"{planned.recipe}: {planned.model}{origin}")
     tasks = ", ".join(f"{task} {number}" for task, number in planned.tasks.items())
     out.print(f"{console.count(planned.cells, 'cell')}: {tasks}")
     right = ("cells", "bits", "stored", "peak of training")
@@ -169,8 +171,7 @@ def _print_plan(out: Console, planned: PlannedComparison) -> None:
         )
     out.print(shown)
     for note in dict.fromkeys(entry.note for entry in planned.lines if entry.note):
-        over = "over: the model, its gradients and AdamW's moments, without activations"
-        out.print(f"{over}; {note}.", style="dim")
+        out.print(f"{OVER}; {note}.", style="dim")
     for problem in planned.problems:
         out.print(f"cannot: {problem}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loftq.tasks.anchor import AnchoredTrainer
 from loftq.tasks.base import Reading, TaskRow
-from loftq.tasks.config import TaskConfig
+from loftq.tasks.config import NOT_HERE, TaskConfig
 from loftq.tasks.inputs import TaskInputs
 from loftq.tasks.scoring import score_model, write_predictions
 from loftq.tasks.start import Start
@@ -127,6 +127,7 @@ class TaskSession(Sitting):
             packing=False,
             dtype=self.dtype,
             device=self.place.device.type,
+            without=NOT_HERE,
         )
 
     def _scored(self) -> Mapping[str, Any]:

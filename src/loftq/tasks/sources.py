@@ -12,7 +12,7 @@ from typing import Any
 
 from loftq.tasks.base import Task, TaskError, TaskRow
 from loftq.train.data.files import READERS, Row, Rows, as_row, kind_of, known_kinds, read_file
-from loftq.train.data.problems import BadRow, BadRows, DataError, Place
+from loftq.train.data.problems import BadRow, BadRows, DataError, Place, rows_of
 
 VARIABLE = "LOFTQ_DATA"
 MOST_HELD = 1000
@@ -98,7 +98,8 @@ def read_for_training(
         raise TaskError(f"{task.name}: {len(train)} rows to train on, {len(held)} held out.")
     notes = [note]
     if skipped:
-        notes.append(f"{len(skipped)} rows cannot be used and are left out, such as {skipped[0]}")
+        left_out = f"{rows_of(len(skipped))} cannot be used, left out of training"
+        notes.append(f"{left_out}, such as {skipped[0]}")
     return TaskData(
         train=train,
         validation=held,
@@ -173,8 +174,8 @@ def _checked(
     except DataError as error:
         raise TaskError(f"{task.name}: {error}") from error
     if bad.count:
-        rows_of = "1 row" if bad.count == 1 else f"{bad.count} rows"
-        shown = "\n".join([f"{task.name}, split {name}: {rows_of} cannot be used:", *bad.lines()])
+        found_bad = f"{task.name}, split {name}: {rows_of(bad.count)} cannot be used:"
+        shown = "\n".join([found_bad, *bad.lines()])
         remedy = "Repair the data, or train without them: on_bad_rows=skip."
         if name in task.splits.test:
             remedy = "Repair the data: a split that is reported is never thinned."

@@ -54,12 +54,12 @@ def fit_to(
 
     packed = (folder / "loftq.json").is_file()
     sides = 1 if inputs is None else SIDES[inputs.prepared.kind]
-    fixed: dict[str, Any] = {}
+    fixed = _as_asked(chosen, given, sides)
     if packed:
         subject = subject_of_output(folder)
         rank = max(weight.rank for weight in subject.weights)
-        fixed |= {"bits": None, "rank": rank, "embedding": None, "head": None}
-        fixed |= {"embedding_on_host": False}
+        fixed = {"bits": None, "rank": rank, "embedding": None, "head": None,
+                 "embedding_on_host": False, **fixed}  # fmt: skip
 
         def configure(**_: Any) -> Subject:
             return subject
@@ -69,16 +69,6 @@ def fit_to(
         fixed |= {key: chosen.quantize[key] for key in ("bits", "rank", *TABLES) if key in given}
         if given & {"format", "engine"}:
             fixed["bits"] = None
-    if "host_embedding" in given:
-        fixed["embedding_on_host"] = chosen.config.host_embedding
-    if "checkpointing" in given or chosen.config.keep_blocks or chosen.config.offload:
-        fixed["checkpointing"] = chosen.config.checkpointing
-    if "max_length" in given:
-        fixed["length"] = chosen.data.max_length
-    if "batch_size" in given:
-        fixed["batch_size"] = chosen.config.batch_size * sides
-    elif sides > 1:  # one pair at a time: half of one is none
-        fixed["batch_size"] = sides
     found = fit(
         configure,
         parse_size(memory),
@@ -95,6 +85,23 @@ def fit_to(
         ),
     )
     return _with(chosen, found, {} if packed else found.options, sides, given), found
+
+
+def _as_asked(chosen: Chosen, given: set[str], sides: int) -> dict[str, Any]:
+    """What the settings of the training leave no choice about, by names of `memory.fit`."""
+    fixed: dict[str, Any] = {}
+    config = chosen.config
+    if "host_embedding" in given:
+        fixed["embedding_on_host"] = config.host_embedding
+    if "checkpointing" in given or config.keep_blocks or config.offload:
+        fixed["checkpointing"] = config.checkpointing
+    if "max_length" in given:
+        fixed["length"] = chosen.data.max_length
+    if "batch_size" in given:
+        fixed["batch_size"] = config.batch_size * sides
+    elif sides > 1:  # one pair at a time: half of one is none
+        fixed["batch_size"] = sides
+    return fixed
 
 
 def _with(

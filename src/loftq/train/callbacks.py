@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loftq.train.errors import Diverged
+from loftq.train.keep import keep_blocks
 from loftq.train.listener import Listener, Pace
 from loftq.train.peak import PeakMeter
 
@@ -163,3 +164,17 @@ def _refuse_divergence(args: Any, state: Any, logs: Mapping[str, Any]) -> None:
         f"{args.output_dir} are from before. Try {', '.join(advice)} in another folder or with "
         "--overwrite; if it happens at the same step again, look for a broken row in the data."
     )
+
+
+class KeptBlocks(TrainerCallback):
+    """Leaves the last blocks out when a trainer has switched checkpointing on.
+
+    Args:
+        blocks: how many.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        keep_blocks(kwargs["model"], self.blocks)

@@ -31,6 +31,8 @@ class Forecast:
     """Why nothing can be said, or ""."""
     graphs: bool = False
     """Whether captured steps hold memory that is not in the parts."""
+    without: frozenset[str] = frozenset()
+    """Settings that this run cannot have, and is not advised to change."""
 
     @property
     def parts(self) -> Mapping[str, int]:
@@ -53,14 +55,14 @@ class Forecast:
         shares = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
         ways = [
             f"{found.change} saves {found.gigabytes:.2f} GB ({found.cost})"
-            for found in savings(self.subject, settings)
+            for found in savings(self.subject, settings, without=self.without)
         ]
         advice = f"; {' or '.join(ways)}" if ways else ""
         return OutOfMemory(
             f"{text}, which take {sum(parts.values()) / 1e9:.2f} GB by prediction ({shares})"
             f"{advice}. With another batch_size (and the same product with gradient_accumulation), "
-            "checkpointing or host_embedding the run goes on from its last checkpoint; other "
-            "changes begin anew, with --overwrite or in another folder."
+            "checkpointing or what lies on the host the run goes on from its last checkpoint; "
+            "other changes begin anew, with --overwrite or in another folder."
         )
 
     def _parts(self, subject: Subject, settings: TrainingSettings) -> dict[str, int]:
@@ -80,6 +82,7 @@ def forecast(
     packing: bool,
     dtype: str,
     device: str,
+    without: frozenset[str] = frozenset(),
 ) -> Forecast:
     """What the largest batch of a run takes.
 
@@ -91,6 +94,7 @@ def forecast(
         packing: whether the rows of a batch share one sequence.
         dtype: bf16, fp16 or fp32.
         device: cpu or cuda.
+        without: settings that this kind of run does not take.
     """
     from loftq.train.memory.predict import TrainingSettings
     from loftq.train.memory.subject import UnknownModel, subject_of_output
@@ -110,19 +114,17 @@ def forecast(
         padded=False if packing else None,
         device=device,
     )
-    references = SIDES[kind] - 1
+    subject, problem = None, ""
     try:
         subject = subject_of_output(folder)
-        return Forecast(
-            subject=subject, settings=settings, references=references, graphs=config.graphs
-        )
     except UnknownModel as error:
         packed = (folder / "loftq.json").is_file()
         problem = str(error) if packed else "Memory is predicted for packed models only."
-        return Forecast(
-            subject=None,
-            settings=settings,
-            references=references,
-            problem=problem,
-            graphs=config.graphs,
-        )
+    return Forecast(
+        subject=subject,
+        settings=settings,
+        references=SIDES[kind] - 1,
+        problem=problem,
+        graphs=config.graphs,
+        without=without | {"offload"} if config.graphs else without,
+    )

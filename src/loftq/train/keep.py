@@ -9,24 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
 
 from loftq.train.errors import TrainError
 from loftq.train.masks import layers_of
-
-
-class KeptBlocks(TrainerCallback):
-    """Leaves the last blocks out when a trainer has switched checkpointing on.
-
-    Args:
-        blocks: how many.
-    """
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keep_blocks(kwargs["model"], self.blocks)
 
 
 def keep_blocks(model: nn.Module, blocks: int) -> None:
@@ -36,7 +21,19 @@ def keep_blocks(model: nn.Module, blocks: int) -> None:
         TrainError: the model has fewer.
     """
     layers: list[Any] = layers_of(model)
-    if blocks > len(layers):
-        raise TrainError(f"keep_blocks={blocks}: the model has {len(layers)} blocks.")
+    require_blocks(blocks, len(layers))
     for layer in layers[len(layers) - blocks :]:
         layer.gradient_checkpointing = False
+
+
+def require_blocks(blocks: int, there: int) -> None:
+    """Refuse to keep more blocks than a model has that can be checkpointed.
+
+    Raises:
+        TrainError: it has fewer.
+    """
+    if blocks > there:
+        raise TrainError(
+            f"keep_blocks={blocks}: the model has {there} blocks to checkpoint. Choose at most "
+            f"{there}."
+        )

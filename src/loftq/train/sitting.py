@@ -22,7 +22,9 @@ from loftq.train.config import OPTIMIZERS, Steps, TrainConfig
 from loftq.train.errors import TrainError
 from loftq.train.forecast import Forecast
 from loftq.train.graphs import why_not
+from loftq.train.keep import require_blocks
 from loftq.train.listener import Briefing, Listener
+from loftq.train.masks import layers_of
 from loftq.train.offload import HostInputs, why_not_offloaded
 from loftq.train.peak import PeakMeter, capacity
 from loftq.train.place import Place
@@ -92,7 +94,7 @@ class Sitting(ABC):
             self.dtype = resolve_dtype(self.config.dtype, self.place.device)
             self._load()
             self._check_graphs()
-            self._check_offload()
+            self._check_kept()
             self.layer_note = self._fuse() if self.config.fused else ""
             samples = self._samples_before()
             trainer = self._build()
@@ -134,12 +136,13 @@ class Sitting(ABC):
         if reason:
             raise TrainError(f"graphs=true: {reason}. Leave it out.")
 
-    def _check_offload(self) -> None:
-        """Raise where inputs of blocks were to be kept in host memory and cannot be.
+    def _check_kept(self) -> None:
+        """Raise where checkpointing cannot keep what it was to keep, or not where.
 
         Raises:
             TrainError: with the reason.
         """
+        require_blocks(self.config.keep_blocks, len(layers_of(self.model)))
         reason = why_not_offloaded(
             self.place.device,
             checkpointing=self.config.checkpointing,
@@ -177,8 +180,7 @@ class Sitting(ABC):
         """
         from transformers import EarlyStoppingCallback
 
-        from loftq.train.callbacks import LastStep, Recorder
-        from loftq.train.keep import KeptBlocks
+        from loftq.train.callbacks import KeptBlocks, LastStep, Recorder
 
         before = 0.0
         if self.place.is_main:

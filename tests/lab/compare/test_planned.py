@@ -74,6 +74,21 @@ def test_the_bytes_of_a_paper_row_are_those_of_the_paper() -> None:
     assert sixteen.training_held == 2 * 6_738_415_616 + 4 * 4 * adapters
     (full,) = plan_comparison(LLAMA_7B.changed(methods=["full"], formats=())).lines
     assert full.training_held == 16 * 6_738_415_616
+    small = LLAMA_7B.changed(methods=["full"], formats=(), options={"optimizer": "adamw_8bit"})
+    (full,) = plan_comparison(small).lines
+    assert full.training_held == 10 * 6_738_415_616
+
+
+def test_a_predicted_peak_is_that_of_the_settings_of_the_cells() -> None:
+    def peak(**options: object) -> int:
+        chosen = LLAMA_7B.changed(methods=["qlora"], formats=("nf4-g64-dq",), options=options)
+        (line,) = plan_comparison(chosen).lines
+        assert line.training_peak is not None
+        return line.training_peak
+
+    usual = peak(checkpointing=True)
+    assert peak(checkpointing=True, keep_blocks=8) > usual
+    assert peak(checkpointing=True, optimizer="adamw_8bit") < usual
 
 
 def test_a_line_that_cannot_be_quantized_is_named() -> None:

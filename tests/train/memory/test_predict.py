@@ -218,3 +218,12 @@ def test_settings_are_checked() -> None:
         TrainingSettings(optimizer="sgd")
     with pytest.raises(ValueError, match="length=0: must be at least 1"):
         TrainingSettings(length=0)
+
+
+def test_what_a_run_cannot_have_is_not_proposed() -> None:
+    subject = subject_of_config(config(num_hidden_layers=24, vocab_size=60000))
+    settings = TrainingSettings(batch_size=2, length=512)
+    offered = {s.change for s in savings(subject, settings, count=99)}
+    barred = frozenset({"offload", "host_embedding"})
+    left = {s.change for s in savings(subject, settings, count=99, without=barred)}
+    assert offered - left == {"offload=true", "host_embedding=true"}

@@ -147,10 +147,7 @@ def _peak(plan: Plan, folder: Path, found: list[Cell]) -> tuple[int | None, str]
 
 
 def _memory_settings(cell: Cell) -> dict[str, Any]:
-    names = {
-        "batch_size": "batch_size",
-        "max_length": "length",
-        "gradient_accumulation": "accumulation",
-        "checkpointing": "checkpointing",
-    }
+    same = ("batch_size", "checkpointing", "keep_blocks", "fused", "optimizer")
+    names = {"max_length": "length", "gradient_accumulation": "accumulation"}
+    names |= {name: name for name in same}
     return {theirs: cell.options[own] for own, theirs in names.items() if own in cell.options}

@@ -12,11 +12,10 @@ from loftq.lab.compare.store import Bytes
 from loftq.methods import METHODS
 from loftq.pipeline.accounting import ORIGINAL_ITEMSIZE
 from loftq.pipeline.plan import Plan
+from loftq.train.config import OPTIMIZERS, TrainConfig
 
-ADAPTER_ITEMSIZE = 4  # float32, as trained adapters are stored
+ADAPTER_ITEMSIZE = 4  # float32, as trained adapters are stored; so are gradients
 UNPACKED_BITS = 16.0
-TRAINING_COPIES = 4
-"""Float32 numbers for each that is trained: itself, its gradient, AdamW's two moments."""
 
 
 def plan_cell(cell: Cell, model: str | Path, *, device: str | None = None, **changes: Any) -> Plan:
@@ -54,15 +53,17 @@ def base_bytes(cell: Cell, plan: Plan) -> Bytes:
 
 
 def held_bytes(cell: Cell, stored: Bytes) -> int:
-    """Bytes that lie on the device throughout a training: the model, gradients, AdamW's moments.
+    """Bytes that lie on the device throughout a training: the model, gradients, optimizer states.
 
     Args:
         cell: says what is trained: adapters, or with `full` every weight, in float32.
         stored: from `base_bytes`; a fresh head is not in it.
     """
+    states = OPTIMIZERS[cell.options.get("optimizer", TrainConfig.optimizer)].state_bytes
+    each = 2 * ADAPTER_ITEMSIZE + states  # of a number that is trained, with its gradient
     if cell.arm.adapts:
-        return stored.packed + stored.dense + TRAINING_COPIES * stored.trained
-    return TRAINING_COPIES * ADAPTER_ITEMSIZE * stored.dense // ORIGINAL_ITEMSIZE
+        return stored.packed + stored.dense + each * stored.trained // ADAPTER_ITEMSIZE
+    return each * stored.dense // ORIGINAL_ITEMSIZE
 
 
 def bits_per_weight(cell: Cell, plan: Plan) -> float:

@@ -45,6 +45,11 @@ class Unusable(Exception):
     """A row cannot be used, for the reason given; whoever knows its place makes a BadRow of it."""
 
 
+def rows_of(count: int) -> str:
+    """A number of rows in words: "1 row", "2 rows"."""
+    return "1 row" if count == 1 else f"{count} rows"
+
+
 @dataclass
 class BadRows:
     """Collects bad rows, so that one message names them all."""
@@ -61,10 +66,9 @@ class BadRows:
 
     def message(self) -> str:
         """All of them in a few lines, with the ways out."""
-        rows = "1 row" if self.count == 1 else f"{self.count} rows"
         return "\n".join(
             [
-                f"{rows} cannot be used:",
+                f"{rows_of(self.count)} cannot be used:",
                 *self.lines(),
                 "Repair the data, or leave such rows out with on_bad_rows=skip.",
             ]

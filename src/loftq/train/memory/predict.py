@@ -16,15 +16,14 @@ from functools import lru_cache
 
 import torch
 
+from loftq.train.config import OPTIMIZERS
+from loftq.train.keep import require_blocks
 from loftq.train.memory.loss import KINDS, HeadOfLoss, loss_bytes
 from loftq.train.memory.probe import BlockCost, Step, block_cost
 from loftq.train.memory.subject import BACKBONE, EMBEDDING, HEAD, Subject
 from loftq.train.offload import NEWEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2,
-               "adamw_torch_8bit": 2}  # fmt: skip
-"""Bytes of optimizer state per trained parameter: two moments."""
 WORKSPACE = 32 << 20
 """Of cuBLAS, one for each thread that computes, which is one here; bytes on Hopper, a quarter of it
 before."""
@@ -51,7 +50,7 @@ class TrainingSettings:
     keep_blocks: int = 0
     """The last blocks, of which everything is kept all the same."""
     optimizer: str = "adamw_torch_fused"
-    """A key of STATE_BYTES."""
+    """A key of OPTIMIZERS (train/config.py)."""
     fused: bool = True
     """With the training layer (loftq.integrations.training)."""
     loss: str = "chunked"
@@ -68,7 +67,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         known: Mapping[str, Collection[str]] = {
             "dtype": DTYPES,
-            "optimizer": STATE_BYTES,
+            "optimizer": OPTIMIZERS,
             "loss": KINDS,
             "device": ("cuda", "cpu"),
         }
@@ -133,7 +132,9 @@ def predict(subject: Subject, settings: TrainingSettings) -> PeakMemory:
 
     Raises:
         UnknownModel: the model cannot be walked through.
+        TrainError: it has fewer blocks than are to be kept.
     """
+    require_blocks(settings.keep_blocks, subject.blocks)
     fixed, host = _fixed(subject, settings)
     cost = cost_of(subject, settings)
     moments = _moments(subject, settings, cost, DTYPES[settings.dtype])
@@ -175,7 +176,7 @@ def _fixed(subject: Subject, settings: TrainingSettings) -> tuple[dict[str, int]
     fixed = {
         **_weights(subject, DTYPES[settings.dtype].itemsize),
         "adapters": 4 * trained,
-        "optimizer": STATE_BYTES[settings.optimizer] * trained,
+        "optimizer": OPTIMIZERS[settings.optimizer].state_bytes * trained,
     }
     host = fixed["embedding"] if settings.embedding_on_host and not subject.tied else 0
     if host:
@@ -198,25 +199,14 @@ def _moments(
     """Gradients, activations, logits and the rest at each moment that can be the peak."""
     gradients = 4 * subject.adapter_parameters
     per_block = gradients // subject.blocks
-    held, last = subject.blocks, 1  # inputs of blocks that are on the device at either end
-    if settings.offload:
-        held = last = min(held, NEWEST)  # the one before is fetched meanwhile
-    whole = _whole_cost(subject, settings) if settings.keep_blocks else cost
-    more = min(settings.keep_blocks, subject.blocks)
+    more = settings.keep_blocks
+    whole = _whole_cost(subject, settings) if more else cost
+    held, last = _inputs_held(subject, settings)
     kept = (held - more) * cost.kept + more * whole.kept
     # From the second batch of an accumulation on, all gradients are there all the time.
     early = gradients if settings.accumulation > 1 else 0
     other = cost.outside + (WORKSPACE if settings.device == "cuda" else 0)
-    head = HeadOfLoss(
-        vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
-    )
-    before, after = (
-        loss_bytes(
-            head, kind=settings.loss, tokens=settings.tokens, dtype=dtype, device=settings.device,
-            backward=backward,
-        )
-        for backward in (False, True)
-    )  # fmt: skip
+    before, after = (_logits(subject, settings, dtype, backward=b) for b in (False, True))
     # Of layers that run PEFT's forward, until the whole forward, loss included, ends.
     copies = subject.blocks * cost.copies
 
@@ -237,6 +227,30 @@ def _moments(
         "first block": moment(rest, last * cost.kept + cost.working),
         "optimizer": moment(gradients, 0, 0, other - cost.outside),
     }
+
+
+def _inputs_held(subject: Subject, settings: TrainingSettings) -> tuple[int, int]:
+    """Inputs of blocks on the device when the backward begins, and in that of the first block."""
+    if settings.offload:
+        newest = min(subject.blocks, NEWEST)
+        return newest, newest  # the one before is fetched meanwhile
+    return subject.blocks, 1
+
+
+def _logits(
+    subject: Subject, settings: TrainingSettings, dtype: torch.dtype, *, backward: bool
+) -> int:
+    head = HeadOfLoss(
+        vocabulary=subject.vocabulary, hidden=subject.hidden, packed=subject.packed_head
+    )
+    return loss_bytes(
+        head,
+        kind=settings.loss,
+        tokens=settings.tokens,
+        dtype=dtype,
+        device=settings.device,
+        backward=backward,
+    )
 
 
 @dataclass(frozen=True, eq=False)

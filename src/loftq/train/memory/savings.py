@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from loftq.formats import parse_format
@@ -33,7 +33,11 @@ class Saving:
 
 
 def savings(
-    subject: Subject, settings: TrainingSettings, *, count: int = SHOWN
+    subject: Subject,
+    settings: TrainingSettings,
+    *,
+    count: int = SHOWN,
+    without: Collection[str] = (),
 ) -> tuple[Saving, ...]:
     """The changes that save most, largest first; only those that save anything.
 
@@ -44,6 +48,7 @@ def savings(
         subject: the model.
         settings: as they are now.
         count: how many.
+        without: names of settings that cannot be changed here.
 
     Raises:
         UnknownModel: the model cannot be walked through.
@@ -52,7 +57,7 @@ def savings(
     found = [
         Saving(change=change, saved=now - after.total, cost=cost)
         for change, cost, after in _changes(subject, settings)
-        if after.total < now
+        if after.total < now and change.partition("=")[0] not in without
     ]
     return tuple(sorted(found, key=lambda saving: -saving.saved)[:count])
 
@@ -94,7 +99,7 @@ def _step_changes(
         yield f"max_length={changed.length}", "longer chats are left out", predict(subject, changed)
     if settings.loss == "full":
         yield "loss=chunked", "nothing", predict(subject, replace(settings, loss="chunked"))
-    if settings.optimizer.startswith("adamw_torch") and not settings.optimizer.endswith("8bit"):
+    if settings.optimizer == "adamw_torch_fused":
         changed = replace(settings, optimizer="adamw_8bit")
         yield "optimizer=adamw_8bit", "moments in 8 bits", predict(subject, changed)
 
