@@ -164,9 +164,9 @@ __device__ __forceinline__ void load_b(
     }
 }
 
-// s A x^T of this block's weight, (tokens, rank), into shared memory; 0 where a row of stacked
-// adapters is not the token's own.
-__device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
+// This thread's part of s A x^T of the block's weight, (tokens, rank), into shared memory; 0 where a
+// row of stacked adapters is not the token's own.
+__device__ __forceinline__ void add_own_units(const Arguments &s, const Place &p) {
     int pitch = rank_pitch(s) / 2, ranks = pitch - 8, size = s.tokens * s.rank;
     const float *parts = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size;
     u16 *to = reinterpret_cast<u16 *>(FLOATS(s.ax_sums));
@@ -179,6 +179,11 @@ __device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
                 total += load_fresh(parts + part * size + token * s.rank + r);
         to[token * pitch + r] = static_cast<u16>(pair(total, 0.0f));
     }
+}
+
+// The whole block's, and the units forgotten once no block is to look at them.
+__device__ __forceinline__ void add_units(const Arguments &s, const Place &p) {
+    add_own_units(s, p);
     __syncthreads();
     if (threadIdx.x == 0 && atomicAdd(s.counts + 1, 1u) == gridDim.x - 1)
         s.counts[0] = s.counts[1] = 0;  // every block has counted all of its units

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-HEADERS = ("instructions.cuh", "decode.cuh", "work.cuh", "adapters.cuh", "early.cuh")
+HEADERS = (
+    "instructions.cuh", "decode.cuh", "work.cuh", "adapters.cuh", "early.cuh", "slabs.cuh",
+)  # fmt: skip
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 MULTIPROCESSORS, MAX_SHARED_OPT_IN = 16, 97  # CUdevice_attribute
 OVERLAP = 6  # CUlaunchAttributeID: programmatic stream serialization

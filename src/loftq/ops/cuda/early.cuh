@@ -15,24 +15,7 @@ __device__ __forceinline__ void say_done(const OwnUnits &units, const Arguments 
     if (lane == 0) add_release(s.counts, static_cast<u32>(units.count));
 }
 
-// This thread's part of s A x^T of the block's weight, (tokens, rank), into shared memory; 0 where a
-// row of stacked adapters is not the token's own.
-__device__ __forceinline__ void add_own_units(const Arguments &s, const Place &p) {
-    int pitch = rank_pitch(s) / 2, ranks = pitch - 8, size = s.tokens * s.rank;
-    const float *parts = s.ax + static_cast<u64>(p.w - s.weights) * s.parts * size;
-    u16 *to = reinterpret_cast<u16 *>(FLOATS(s.ax_sums));
-    for (int i = threadIdx.x; i < s.tokens * ranks; i += THREADS) {
-        int token = i / ranks, r = i % ranks;
-        float total = 0.0f;
-        if (r < s.rank && r / s.own_rank == token / s.own_tokens)
-#pragma unroll 16
-            for (int part = 0; part < s.parts; part++)
-                total += load_fresh(parts + part * size + token * s.rank + r);
-        to[token * pitch + r] = static_cast<u16>(pair(total, 0.0f));
-    }
-}
-
-// The same if all units are done by now; whether they were. A warp without a part says yes.
+// This thread's part of s A x^T if all units are done by now; whether they were. A warp without a part says yes.
 __device__ __forceinline__ bool add_units_early(const Arguments &s, const Place &p) {
     if (p.warp * 32 >= s.tokens * ((s.rank + 63) / 64 * 64)) return true;
     if (load_acquire(s.counts) != static_cast<u32>(units_of(s))) return false;

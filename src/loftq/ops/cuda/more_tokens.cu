@@ -9,11 +9,10 @@
 //
 // Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS).
 
-#include "adapters.cuh"
+#include "slabs.cuh"
 
 constexpr int SLABS = WARPS / 4;
-constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
-constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
+constexpr int ALL = X_STAGE + SLABS * STAGE;
 
 // The next tile of x, by the warps that ask for no weights.
 __device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p, int tile) {
@@ -24,52 +23,6 @@ __device__ __forceinline__ void ask_x(u32 to, const Arguments &s, const Place &p
         u64 from = (static_cast<u64>(token) * s.layout.columns + tile * 256) * 2 + at;
         copy_async<16>(to + token * PITCH + at, reinterpret_cast<const u8 *>(s.x) + from);
     }
-}
-
-__device__ __forceinline__ void compute(
-    float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p,
-    int g, float offset, u32 bank) {
-    u32 low[SLAB / 16][8], high[SLAB / 16][8];
-    float scale[SLAB / 16][2];
-#pragma unroll
-    for (int r = 0; r < SLAB / 16; r++) {
-        decode(stage, 2 * r, g, bank, p.lane, low[r]);
-        decode(stage, 2 * r + 1, g, bank, p.lane, high[r]);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            scale[r][i] = scale_of(stage, s.map_copies, 2 * r + i, g, offset, p.lane);
-    }
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++) {
-        uint4 x[2];
-        int token = min(n * 8 + p.lane / 4, s.tokens - 1);  // the others' sums are not looked at
-        columns_of(x, x_stage + token * PITCH + g * 128 + p.lane % 4 * 32);
-#pragma unroll
-        for (int r = 0; r < SLAB / 16; r++) {
-            float part[4] = {};
-            product(part, low[r], high[r], x);
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[r][n][i] += part[i] * scale[r][i / 2];
-        }
-    }
-}
-
-// Sums of warp (slab, g) into shared memory, or added to what it put there, (4, tokens, share).
-template <bool ADD> __device__ __forceinline__ void put(
-    float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p,
-    int slab, int g) {
-#pragma unroll
-    for (int r = 0; r < SLAB / 16; r++)
-#pragma unroll
-        for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int within = r * 16 + i / 2 * 8 + p.lane / 4, row = slab * p.height + within;
-                int token = n * 8 + p.lane % 4 * 2 + i % 2;
-                if (within >= p.height || row >= s.share || token >= s.tokens) continue;
-                float &to = all[(g * s.tokens + token) * s.share + row];
-                to = ADD ? to + sums[r][n][i] : sums[r][n][i];
-            }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -105,6 +58,9 @@ more_tokens(const __grid_constant__ Arguments s) {
 #endif
     float sums[SLAB / 16][BLOCKS][4] = {};
     u32 bank = bank_of(p.lane);
+    auto x_at = [&](u32 stage, int n) {  // the sums of tokens beyond the last are not looked at
+        return stage + min(n * 8 + p.lane / 4, s.tokens - 1) * PITCH + g * 128 + p.lane % 4 * 32;
+    };
     for (int tile = 0; tile < p.tiles; tile++) {
         wait_copies<0>();
         __syncthreads();  // this tile is there, and nobody reads the one before
@@ -113,7 +69,8 @@ more_tokens(const __grid_constant__ Arguments s) {
         commit_copies();
         u32 stage = s.ring + tile % 2 * ALL;
         if (slab < p.slabs)
-            compute(sums, stage, stage + X_STAGE + slab * STAGE, s, p, g, offset, bank);
+            compute(sums, [&](int n) { return x_at(stage, n); }, stage + X_STAGE + slab * STAGE, s, p,
+                g, offset, bank);
     }
     __syncthreads();
     float *all = FLOATS(s.sums);  // where the tiles were
@@ -128,13 +85,5 @@ more_tokens(const __grid_constant__ Arguments s) {
     }
 #endif
     __syncthreads();
-    for (int i = threadIdx.x; i < s.share * s.tokens; i += THREADS) {
-        int token = i / s.share, row = p.first + i % s.share;
-        if (row > p.last) continue;
-        float total = 0.0f;
-#pragma unroll
-        for (int v = 0; v < 4; v++) total += all[v * s.tokens * s.share + i];
-        s.y[static_cast<u64>(token) * s.rows + w.before + row] =
-            static_cast<u16>(pair(total, 0.0f));
-    }
+    write_rows<4>(all, s, p, w);
 }

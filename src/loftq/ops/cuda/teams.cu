@@ -11,11 +11,10 @@
 //
 // Definitions: those of adapters.cuh (TOKENS 16, 32 or 64; WARPS = 4 SLABS SPAN), SPAN.
 
-#include "adapters.cuh"
+#include "slabs.cuh"
 
 constexpr int TEAM = WARPS / SPAN, SLABS = TEAM / 4;  // warps of a tile
-constexpr int PITCH = 512 + 16;  // of a token in a tile of x: neighbours in other banks
-constexpr int X_STAGE = TOKENS * PITCH, ALL = X_STAGE + SLABS * STAGE;
+constexpr int ALL = X_STAGE + SLABS * STAGE;
 
 // Ask for the scales of a tile, lane by lane those of a row.
 __device__ __forceinline__ void ask_scales(
@@ -68,52 +67,6 @@ template <int BYTES> struct Quarter {  // warp g's of a plane of BYTES bytes a r
     }
 };
 
-__device__ __forceinline__ void compute(
-    float sums[SLAB / 16][BLOCKS][4], u32 x_stage, u32 stage, const Arguments &s, const Place &p,
-    int g, float offset, u32 bank) {
-    u32 low[SLAB / 16][8], high[SLAB / 16][8];
-    float scale[SLAB / 16][2];
-#pragma unroll
-    for (int r = 0; r < SLAB / 16; r++) {
-        decode(stage, 2 * r, g, bank, p.lane, low[r]);
-        decode(stage, 2 * r + 1, g, bank, p.lane, high[r]);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            scale[r][i] = scale_of(stage, s.map_copies, 2 * r + i, g, offset, p.lane);
-    }
-    u32 from = x_stage + p.lane / 4 * PITCH + g * 128 + p.lane % 4 * 32;
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++) {
-        uint4 x[2];
-        columns_of(x, from + n * 8 * PITCH);  // what is no token's goes into sums of its own
-#pragma unroll
-        for (int r = 0; r < SLAB / 16; r++) {
-            float part[4] = {};
-            product(part, low[r], high[r], x);
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[r][n][i] += part[i] * scale[r][i / 2];
-        }
-    }
-}
-
-// Sums of warp (slab, g) into shared memory, or added to what it put there, (4 SPAN, tokens, share).
-template <bool ADD> __device__ __forceinline__ void put(
-    float *all, const float sums[SLAB / 16][BLOCKS][4], const Arguments &s, const Place &p,
-    int slab, int g) {
-#pragma unroll
-    for (int r = 0; r < SLAB / 16; r++)
-#pragma unroll
-        for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int within = r * 16 + i / 2 * 8 + p.lane / 4, row = slab * p.height + within;
-                int token = n * 8 + p.lane % 4 * 2 + i % 2;
-                if (within >= p.height || row >= s.share || token >= s.tokens) continue;
-                float &to = all[(g * s.tokens + token) * s.share + row];
-                to = ADD ? to + sums[r][n][i] : sums[r][n][i];
-            }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 teams(const __grid_constant__ Arguments s) {
     let_next_start();
@@ -164,8 +117,10 @@ teams(const __grid_constant__ Arguments s) {
         ask_tokens(tile + SPAN);
         commit_copies();
         u32 stage = stage_of(tile);
-        if (slab < p.slabs && tile < p.tiles)
-            compute(sums, stage, stage + X_STAGE + slab * STAGE, s, p, g, offset, bank);
+        u32 x = stage + p.lane / 4 * PITCH + g * 128 + p.lane % 4 * 32;
+        if (slab < p.slabs && tile < p.tiles)  // what is no token's goes into sums of its own
+            compute(sums, [&](int n) { return x + n * 8 * PITCH; }, stage + X_STAGE + slab * STAGE,
+                s, p, g, offset, bank);
     }
     __syncthreads();
     float *all = FLOATS(s.sums);  // where the tiles were
@@ -180,13 +135,5 @@ teams(const __grid_constant__ Arguments s) {
     }
 #endif
     __syncthreads();
-    for (int i = threadIdx.x; i < s.share * s.tokens; i += THREADS) {
-        int token = i / s.share, row = p.first + i % s.share;
-        if (row > p.last) continue;
-        float total = 0.0f;
-#pragma unroll
-        for (int v = 0; v < 4 * SPAN; v++) total += all[v * s.tokens * s.share + i];
-        s.y[static_cast<u64>(token) * s.rows + w.before + row] =
-            static_cast<u16>(pair(total, 0.0f));
-    }
+    write_rows<4 * SPAN>(all, s, p, w);
 }
